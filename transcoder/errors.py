@@ -105,10 +105,5 @@ def printable(text: str, limit: int = NAME_LIMIT) -> str:
 
 
 def refuse(kind: str, message: str, problems: Iterable[Problem] = ()) -> InputError:
-    """An `InputError`; a short name for the most common refusal.
-
-    >>> raise refuse("index", "bad index")
-    Traceback (most recent call last):
-    transcoder.errors.InputError: bad index
-    """
+    """An `InputError`, for the most common refusals."""
     return InputError(message, kind=kind, problems=problems)

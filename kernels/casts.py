@@ -1,0 +1,43 @@
+"""Casts between float types, to nearest even, on NumPy arrays of raw bits (bfloat16 as uint16)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bits = NDArray[Any]
+_BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
+
+
+def cast(bits: Bits, source: str, target: str) -> Bits:
+    """The elements of `bits` (raw bits of dtype `source`) as raw bits of dtype `target`.
+
+    Exact when widening; rounds to nearest even when narrowing; NaN stays NaN. Raises KeyError for other dtypes.
+    """
+    if source == target:
+        return bits
+    return from_float32(to_float32(bits, source), target)
+
+
+def to_float32(bits: Bits, source: str) -> NDArray[np.float32]:
+    """Raw bits as float32 values.
+
+    >>> to_float32(np.array([0x3F80], np.uint16), "bfloat16")
+    array([1.], dtype=float32)
+    """
+    if source == "bfloat16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.view({"float16": np.float16, "float32": np.float32}[source]).astype(np.float32)
+
+
+def from_float32(values: NDArray[np.float32], target: str) -> Bits:
+    """float32 values as raw bits of `target`, rounded to nearest even."""
+    if target != "bfloat16":
+        with np.errstate(over="ignore"):
+            return values.astype({"float16": np.float16, "float32": np.float32}[target]).view(_BITS[target])
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)

@@ -1,0 +1,195 @@
+"""Move bytes: bands of Hugging Face tensors are scattered into Megatron chunks, or gathered from them.
+
+A band is a contiguous range of rows of one tensor, about 4 MiB; it is also a leaf of the tensor's digest. Every source
+byte is read once and every target byte written once. Workers own groups of tensors whose bytes go to different files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from typing import Any
+
+import numpy as np
+import xxhash
+from isal.isal_zlib import crc32
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from transcoder.errors import Problem, refuse
+from transcoder.formats.torch_dist_writer import PIECE, combined
+from transcoder.kernels.casts import cast
+from transcoder.moves import Run, runs
+from transcoder.planner import Atlas, Family, HfTensor
+from transcoder.spec import Box, Chunk, DType
+
+BAND = 4 << 20  # bytes, a constant of the manifest's digests
+Array = NDArray[Any]
+Sink = Callable[[str, Chunk, int, memoryview], None]  # key, chunk, first payload byte, bytes
+Fetch = Callable[[str, Chunk, int, int], memoryview]  # key, chunk, first payload byte, count → bytes
+
+
+def bands(shape: tuple[int, ...], dtype: DType) -> Iterator[tuple[int, int]]:
+    """The bands of a tensor as flat element ranges, whole rows of its last dimension.
+
+    >>> from transcoder.spec import DTYPES
+    >>> list(bands((3, 1 << 20), DTYPES["float32"]))
+    [(0, 1048576), (1048576, 2097152), (2097152, 3145728)]
+    """
+    width = shape[-1] if len(shape) > 1 else 1
+    step = max(1, BAND // max(1, width * dtype.size)) * width
+    for start in range(0, prod(shape), max(1, step)):
+        yield start, min(start + step, prod(shape))
+
+
+def elements(data: memoryview, dtype: DType) -> Array:
+    """Raw bytes as an array of unsigned integers of the dtype's width."""
+    return np.frombuffer(data, dtype=f"<u{dtype.size}")
+
+
+def scatter(atlas: Atlas, tensor: HfTensor, start: int, band: Array, sink: Sink) -> None:
+    """Send the flat elements from `start`, given as `band`, to every chunk that holds them."""
+    for key, chunk, copy in atlas.pieces(tensor, start, start + band.size):
+        for run in runs(copy):
+            sink(key, chunk, run.chunk * band.itemsize, memoryview(_packed(band, run)).cast("B"))
+
+
+def _packed(band: Array, run: Run) -> Array:
+    if not run.shape or (len(run.shape) == 1 and run.hf_steps[0] == 1):
+        return band[run.hf : run.hf + run.count]
+    return np.ascontiguousarray(_strided(band, run)).reshape(-1)
+
+
+def _strided(band: Array, run: Run) -> Array:
+    return as_strided(band[run.hf :], run.shape, tuple(step * band.itemsize for step in run.hf_steps))
+
+
+def gather(atlas: Atlas, tensor: HfTensor, start: int, stop: int, dtype: DType, fetch: Fetch) -> Array:
+    """The flat elements [start, stop) of a tensor, collected from the chunks that hold them."""
+    band = np.empty(stop - start, dtype=f"<u{dtype.size}")
+    for key, chunk, copy in atlas.pieces(tensor, start, stop):
+        for run in runs(copy):
+            data = elements(fetch(key, chunk, run.chunk * dtype.size, run.count * dtype.size), dtype)
+            if run.shape:
+                _strided(band, run)[...] = data.reshape(run.shape)
+            else:
+                band[run.hf] = data[0]
+    return band
+
+
+def fill(atlas: Atlas, family: Family, index: dict[str, int], dtype: DType, sink: Sink) -> None:
+    """Write zeros where no Hugging Face tensor supplies elements."""
+    zeros = memoryview(bytes(PIECE))
+    for key, chunk, copy, _ in atlas.fillers(family, index):
+        for run in runs(copy):
+            for begin in range(0, run.count * dtype.size, PIECE):
+                size = min(PIECE, run.count * dtype.size - begin)
+                sink(key, chunk, run.chunk * dtype.size + begin, zeros[:size])
+
+
+def filler_values(atlas: Atlas, family: Family, index: dict[str, int], dtype: DType, fetch: Fetch) -> Iterator[tuple[str, str]]:
+    """Key and filler axis of every filler range that holds something other than zeros."""
+    for key, chunk, copy, axis in atlas.fillers(family, index):
+        for run in runs(copy):
+            for begin in range(0, run.count * dtype.size, PIECE):
+                size = min(PIECE, run.count * dtype.size - begin)
+                if np.any(np.frombuffer(fetch(key, chunk, run.chunk * dtype.size + begin, size), np.uint8)):
+                    yield key, axis
+
+
+class CheckedChunks:
+    """Payload ranges of mapped chunks; the recorded CRC-32 of each is compared once all of it has been read."""
+
+    def __init__(self, view: Callable[[str], memoryview]) -> None:
+        self._view = view
+        self._parts: dict[tuple[str, Box], list[tuple[int, int, int]]] = {}
+        self._covered: dict[tuple[str, Box], int] = {}
+
+    def fetch(self, key: str, chunk: Chunk, start: int, count: int) -> memoryview:
+        """Payload bytes [start, start + count) of a chunk. Raises InputError when a completed chunk is damaged."""
+        data = self._view(chunk.file)[chunk.offset + start : chunk.offset + start + count]
+        place = (key, chunk.box)
+        self._parts.setdefault(place, []).append((start, count, crc32(data)))
+        self._covered[place] = self._covered.get(place, 0) + count
+        if self._covered[place] == chunk.nbytes:
+            self._compare(key, chunk, combined(self._parts.pop(place)))
+        return data
+
+    def _compare(self, key: str, chunk: Chunk, found: int) -> None:
+        if chunk.crc is not None and found != chunk.crc:
+            expected, got = f"CRC-32 {chunk.crc:08x}", f"{found:08x}"
+            problem = Problem(file=chunk.file, tensor=key, expected=expected, found=got, hint="the payload is damaged: copy the file again")
+            raise refuse("checksum", "a payload does not have its recorded checksum", [problem])
+
+
+class Scratch:
+    """Chunk ranges held in memory for one band, so that a round trip needs no files."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[tuple[str, Box], list[tuple[int, bytes]]] = {}
+
+    def store(self, key: str, chunk: Chunk, start: int, data: memoryview) -> None:
+        """Keep a range."""
+        self._ranges.setdefault((key, chunk.box), []).append((start, bytes(data)))
+
+    def fetch(self, key: str, chunk: Chunk, start: int, count: int) -> memoryview:
+        """Give a range back. Raises RuntimeError when it was not stored in full."""
+        found = bytearray(count)
+        missing = count
+        for begin, data in self._ranges.get((key, chunk.box), []):
+            low, high = max(start, begin), min(start + count, begin + len(data))
+            if low < high:
+                found[low - start : high - start] = data[low - begin : high - begin]
+                missing -= high - low
+        if missing:
+            raise RuntimeError(f"{key}: {missing} bytes from {start} are missing")
+        return memoryview(found)
+
+
+def converted(band: Array, source: DType, target: DType) -> Array:
+    """The band in the target dtype. Raises InputError when no cast between the two exists."""
+    try:
+        return cast(band, source.name, target.name)
+    except KeyError as error:
+        raise refuse("dtype", f"there is no cast from {source.name} to {target.name}") from error
+
+
+class TreeDigest:
+    """xxh3-128 of the list of its bands' xxh3-128 digests: `xxh3-128/band`."""
+
+    def __init__(self) -> None:
+        self._leaves = xxhash.xxh3_128()
+
+    def add(self, band: Array) -> None:
+        """The next band, in order."""
+        self._leaves.update(xxhash.xxh3_128(memoryview(band).cast("B")).digest())
+
+    def text(self) -> str:
+        """The digest as it stands in a manifest."""
+        return f"xxh3-128/4MiB:{self._leaves.hexdigest()}"
+
+
+def run_groups(groups: Iterable[list[Callable[[], None]]], workers: int) -> None:
+    """Run every job, groups in parallel, a group's jobs in order; the first error stops the rest and is raised."""
+    stop = threading.Event()
+
+    def work(jobs: list[Callable[[], None]]) -> None:
+        for job in jobs:
+            if stop.is_set():
+                return
+            try:
+                job()
+            except BaseException:
+                stop.set()
+                raise
+
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        futures = [pool.submit(work, jobs) for jobs in groups]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise

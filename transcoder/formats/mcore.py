@@ -1,0 +1,130 @@
+"""Megatron's side files: common.pt, metadata.json, trackers, run_config.yaml; key dialects and `_extra_state` keys.
+
+Fields as measured with Megatron-LM 0.15-main and Megatron Bridge 0.3.1: many absent ones load a different model silently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from transcoder.errors import refuse
+from transcoder.formats.archive import archive, tensor_record
+from transcoder.formats.pickles import Global, Pairs, Record, dumps
+from transcoder.planner import Model
+from transcoder.spec import DTYPES
+
+METADATA_JSON = (
+    b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+    b'"common_backend": "torch", "common_backend_version": 1}'
+)
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+def dialect_of(keys: Iterable[str]) -> str:
+    """`stacked`, `per-layer` or `singleton`, by the keys. Raises InputError when they fit two or none."""
+    names = list(keys)
+    numbered = [key for key in names if re.match(r"decoder\.layers\.\d+\.", key)]
+    stacked = [key for key in names if re.match(r"decoder\.layers\.[a-z]", key)]
+    if bool(numbered) == bool(stacked):
+        found = f"{len(numbered)} keys with a layer number, {len(stacked)} without"
+        raise refuse("dialect", f"the key dialect is not recognisable: {found}")
+    if stacked:
+        return "stacked"
+    return "singleton" if any(key.endswith(("_w", "_v")) for key in numbered) else "per-layer"
+
+
+def extra_state_keys(model: Model) -> Iterator[str]:
+    """Keys of the objects that a Transformer Engine model asks for, in the model's dialect."""
+    layers = model.sizes["l"]
+    for module, _ in model.recipe.extra_state:
+        if "{l}" not in module:
+            yield f"{module}._extra_state/shard_0_1"
+        for layer in range(layers) if "{l}" in module else ():
+            if model.dialect == "stacked":
+                yield f"{module.replace('{l}.', '')}._extra_state/shard_{layer}_{layers}"
+            else:
+                yield f"{module.format(l=layer)}._extra_state/shard_0_1"
+
+
+def common_pt(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int, iteration: int, dialect: str) -> bytes:
+    """The bytes of common.pt: `args` as an argparse.Namespace of plain values, and what loaders ask for."""
+    content = {**CONTENT, **({"non_homogeneous_layers": True} if dialect == "per-layer" else {})}
+    args = Record(Global("argparse", "Namespace"), (), _pairs(arguments(fields, dtype, padded_vocab, tp, pp)))
+    values = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, "content_metadata": content}
+    return archive(dumps(values))
+
+
+def _pairs(values: Mapping[str, object]) -> Pairs:
+    return Pairs(list(values.items()))
+
+
+def arguments(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int) -> dict[str, object]:
+    """Megatron-LM's arguments of a dense model."""
+    kept = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    kept += ("seq_length", "position_embedding_type", "add_bias_linear", "add_qkv_bias", "normalization", "qk_layernorm")
+    return {name: fields[name] for name in kept} | {
+        "group_query_attention": True,
+        "max_position_embeddings": fields["seq_length"],
+        "rotary_base": int(fields["rotary_base"]),
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "swiglu": fields["gated_linear_unit"],
+        "squared_relu": False,
+        "untie_embeddings_and_output_weights": not fields["share_embeddings_and_output_weights"],
+        "apply_layernorm_1p": False,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "norm_epsilon": fields["layernorm_epsilon"],
+        "padded_vocab_size": padded_vocab,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "params_dtype": Global("torch", dtype),
+    }
+
+
+def run_config(fields: Mapping[str, Any], dtype: str) -> str:
+    """run_config.yaml for Megatron Bridge: the fields without which it loads a different model or none."""
+    import yaml
+
+    kept = {name: value for name, value in fields.items() if name != "rotary_base"}
+    model = {
+        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        **kept,
+        "should_pad_vocab": False,
+        "make_vocab_size_divisible_by": 1,
+        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "rotary_base": float(fields["rotary_base"]),
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "params_dtype": {"_target_": f"torch.{dtype}", "_call_": False},
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+    }
+    tokenizer = {
+        "_target_": "megatron.bridge.training.tokenizers.config.TokenizerConfig",
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": {"_target_": "pathlib.Path"},
+    }
+    checkpoint = {"save_rng": False, "save_optim": False, "fully_parallel_save": True}
+    text: str = yaml.safe_dump({"model": model, "checkpoint": checkpoint, "tokenizer": tokenizer}, sort_keys=False)
+    return text
+
+
+_COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+
+
+def train_state(iteration: int) -> bytes:
+    """train_state.pt of Megatron Bridge: eight 0-d tensors, the step and zeros."""
+    fields = [("step", "int32", iteration.to_bytes(4, "little"))]
+    fields += [(name, "int32", bytes(4)) for name in _COUNTERS]
+    fields += [("floating_point_operations_so_far", "float64", bytes(8))]
+    fields += [(name, "bool", bytes(1)) for name in ("do_train", "do_valid", "do_test")]
+    records = [(name, tensor_record(i, DTYPES[dtype], ())) for i, (name, dtype, _) in enumerate(fields)]
+    return archive(dumps(Pairs(records)), [payload for _, _, payload in fields])

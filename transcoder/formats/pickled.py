@@ -1,0 +1,241 @@
+"""What pickles contain, as inert data, and the emitter of pickles; `pickles` has the reader.
+
+`dumps` writes at protocol 2 the very bytes of CPython's C pickler (Modules/_pickle.c: a memo slot for each value,
+batches of 1000); at protocol 4 only names and strings get a slot, since nothing else is fetched again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transcoder.errors import TranscoderError, refuse
+
+INT_LIMIT = 16  # bytes
+BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A name that the pickle refers to; it is never imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class Pairs(list[tuple[object, object]]):
+    """A dict as it was pickled: nothing is hashed before the caller has seen the keys."""
+
+    def as_dict(self) -> dict[str, object]:
+        """The dict, whose keys must be distinct strings."""
+        found: dict[str, object] = {}
+        for key, value in self:
+            if type(key) is not str or key in found:
+                raise refuse("pickle", f"dict key {brief(key)} is repeated or not a string")
+            found[key] = value
+        return found
+
+
+@dataclass(slots=True)
+class Record:
+    """What calling `callable` with `args` would make, the state it would get, and the dict items put into it."""
+
+    callable: Global
+    args: tuple[object, ...]
+    state: object = None
+    items: Pairs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Persistent:
+    """A reference to something outside of the pickle, such as a tensor's storage."""
+
+    value: object
+
+
+SIZE = Global("torch", "Size")
+ENCODE = Global("_codecs", "encode")
+
+
+def brief(value: object) -> str:
+    return ascii(value)[:80] if isinstance(value, str | int | float | None) else type(value).__name__
+
+
+def dumps(value: object, protocol: int = 2) -> bytes:
+    """The pickle of plain values, `Global`, `Record`, `Persistent` and `Pairs`, at protocol 2 or 4.
+
+    A record with a state is made by `__new__`, as `object.__reduce_ex__` asks for; one without by a call.
+
+    >>> dumps({"a": [1, None]}, 4)
+    b'\\x80\\x04}\\x8c\\x01a\\x94](K\\x01Nes.'
+    """
+    if protocol not in (2, 4):
+        raise TranscoderError(f"pickle protocol {protocol} is not written")
+    writer = _Writer(protocol)
+    writer.save(value)
+    return b"".join((b"\x80", bytes([protocol]), *writer.out, b"."))
+
+
+class _Writer:
+    """Collects the parts of a pickle; `memo` holds the opcodes that fetch a value written before."""
+
+    __slots__ = ("count", "memo", "out", "protocol")
+
+    def __init__(self, protocol: int) -> None:
+        self.protocol, self.count = protocol, 0
+        self.out: list[bytes] = []
+        self.memo: dict[object, bytes] = {}
+
+    def save(self, value: object) -> None:
+        """Write any value."""
+        saver = SAVERS.get(type(value))
+        if saver is None:
+            raise TranscoderError(f"a {type(value).__name__} cannot be pickled")
+        saver(self, value)
+
+    def container(self) -> None:
+        """Give the value just written a memo slot where CPython's pickler does and bytes should be the same."""
+        if self.protocol < 4:
+            self.out.append(_indexed(b"q", b"r", self.count))
+            self.count += 1
+
+    def shared(self, key: object) -> None:
+        """Give the value just written a memo slot that later occurrences use."""
+        self.out.append(b"\x94" if self.protocol >= 4 else _indexed(b"q", b"r", self.count))
+        self.memo[key] = _indexed(b"h", b"j", self.count)
+        self.count += 1
+
+    def batches(self, values: Sequence[object], one: bytes, many: bytes) -> None:
+        """Write list elements or dict pairs, then the opcode that adds them."""
+        save = self.save_pair if one == b"s" else self.save
+        if len(values) == 1:
+            save(values[0])
+            self.out.append(one)
+            return
+        for start in range(0, len(values), BATCH):
+            self.out.append(b"(")
+            for value in values[start : start + BATCH]:
+                save(value)
+            self.out.append(many)
+
+    def save_pair(self, pair: object) -> None:
+        """Write a key and its value."""
+        assert isinstance(pair, tuple)
+        self.save(pair[0])
+        self.save(pair[1])
+
+
+def _indexed(short: bytes, long: bytes, index: int) -> bytes:
+    return short + bytes([index]) if index < 256 else long + index.to_bytes(4, "little")
+
+
+def _save_int(w: _Writer, value: int) -> None:
+    if 0 <= value < 256:
+        w.out.append(b"K" + value.to_bytes(1, "little"))
+    elif 0 <= value < 65536:
+        w.out.append(b"M" + value.to_bytes(2, "little"))
+    elif -(1 << 31) <= value < 1 << 31:
+        w.out.append(b"J" + value.to_bytes(4, "little", signed=True))
+    else:
+        _save_long(w, value)
+
+
+def _save_long(w: _Writer, value: int) -> None:
+    size = (value if value >= 0 else ~value).bit_length() // 8 + 1
+    if size > INT_LIMIT:
+        raise TranscoderError(f"an integer of {size} bytes cannot be pickled")
+    w.out.append(b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True))
+
+
+def _save_str(w: _Writer, value: str) -> None:
+    if value in w.memo:
+        w.out.append(w.memo[value])
+        return
+    text = value.encode("utf-8", "surrogatepass")
+    short = len(text) < 256 and w.protocol >= 4
+    w.out.append((b"\x8c" + bytes([len(text)]) if short else b"X" + len(text).to_bytes(4, "little")) + text)
+    w.shared(value)
+
+
+def _save_bytes(w: _Writer, value: bytes) -> None:
+    if w.protocol >= 4:
+        w.out.append(b"B" + len(value).to_bytes(4, "little") + value)
+    else:
+        _save_record(w, Record(ENCODE, (value.decode("latin1"), "latin1")))
+
+
+def _save_global(w: _Writer, value: Global) -> None:
+    if value in w.memo:
+        w.out.append(w.memo[value])
+        return
+    if w.protocol >= 4:
+        _save_str(w, value.module)
+        _save_str(w, value.name)
+        w.out.append(b"\x93")
+    else:
+        w.out.append(f"c{value.module}\n{value.name}\n".encode())
+    w.shared(value)
+
+
+def _save_tuple(w: _Writer, value: tuple[object, ...]) -> None:
+    if not value:
+        w.out.append(b")")
+        return
+    if len(value) > 3:
+        w.out.append(b"(")
+    for element in value:
+        w.save(element)
+    w.out.append(_TUPLE.get(len(value), b"t"))
+    w.container()
+
+
+_TUPLE = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
+
+
+def _save_list(w: _Writer, value: list[object]) -> None:
+    w.out.append(b"]")
+    w.container()
+    w.batches(value, b"a", b"e")
+
+
+def _save_pairs(w: _Writer, value: Sequence[tuple[object, object]]) -> None:
+    w.out.append(b"}")
+    w.container()
+    w.batches(value, b"s", b"u")
+
+
+def _save_record(w: _Writer, value: Record) -> None:
+    _save_global(w, value.callable)
+    _save_tuple(w, value.args)
+    w.out.append(b"R" if value.state is None else b"\x81")
+    w.container()
+    w.batches(value.items or (), b"s", b"u")
+    if value.state is not None:
+        w.save(value.state)
+        w.out.append(b"b")
+
+
+def _save_persistent(w: _Writer, value: Persistent) -> None:
+    w.save(value.value)
+    w.out.append(b"Q")
+
+
+SAVERS: dict[type, Callable[..., None]] = {
+    type(None): lambda w, value: w.out.append(b"N"),
+    bool: lambda w, value: w.out.append(b"\x88" if value else b"\x89"),
+    float: lambda w, value: w.out.append(struct.pack(">cd", b"G", value)),
+    dict: lambda w, value: _save_pairs(w, list(value.items())),
+    int: _save_int,
+    str: _save_str,
+    bytes: _save_bytes,
+    tuple: _save_tuple,
+    list: _save_list,
+    Pairs: _save_pairs,
+    Global: _save_global,
+    Record: _save_record,
+    Persistent: _save_persistent,
+}

@@ -1,0 +1,164 @@
+"""safetensors: headers read and validated as a whole, headers written for files whose payloads come later.
+
+A file is an 8-byte little-endian header length, a JSON header, then the payloads. Limits and rules as in
+safetensors/src/tensor.rs: the ranges, sorted, tile the payload exactly; a header has at most 100 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from transcoder.errors import Problem, refuse
+from transcoder.hfconfig import parse_json, read_json
+from transcoder.spec import BY_SAFETENSORS, Chunk, DType, TensorSpec
+
+HEADER_LIMIT = 100_000_000  # bytes
+INDEX_LIMIT = 256 << 20  # bytes
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: its name, size in bytes, the raw header (length field included) and its tensors."""
+
+    name: str
+    size: int
+    header: bytes
+    tensors: tuple[TensorSpec, ...]
+
+
+def read_shard(path: Path, follow_links: bool = False) -> Shard:
+    """The header of one file, validated. Raises InputError naming the file and what is wrong."""
+    try:
+        with open_regular(path, follow_links) as file:
+            size = os.fstat(file.fileno()).st_size
+            header = _header_bytes(file, size)
+        return Shard(path.name, size, header, _tensors(path.name, header, size))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        problem = Problem(file=path.name, message=_explained(path, str(error)))
+        raise refuse("safetensors", "a safetensors file was refused", [problem]) from error
+
+
+def open_regular(path: Path, follow_links: bool) -> Any:
+    """Open a regular file for reading. Raises ValueError for a link out of the model's folder, a pipe, a device."""
+    real = path.resolve(strict=True)
+    if path.is_symlink() and not follow_links and not _inside(path, real):
+        raise ValueError("a link that leads outside the model's directory; --follow-links permits it")
+    file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("not a regular file")
+    return file
+
+
+def _inside(path: Path, real: Path) -> bool:
+    """Inside the folder itself, or inside the blob stores of the hub cache that the folder is a snapshot of."""
+    folder = path.parent.resolve()
+    if real.is_relative_to(folder):
+        return True
+    if folder.parent.name != "snapshots":
+        return False
+    repository = folder.parent.parent
+    shared = repository.parent / "blobs"
+    marked = (shared / ".huggingface-shared-blobs").exists() or (repository.parent / ".huggingface-shared-blobs").exists()
+    return real.is_relative_to(repository / "blobs") or (marked and real.is_relative_to(shared))
+
+
+def _header_bytes(file: Any, size: int) -> bytes:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise ValueError(f"{size} bytes are too few for a safetensors file")
+    length = int.from_bytes(prefix, "little")
+    if length > min(HEADER_LIMIT, size - 8):
+        raise ValueError(f"header of {length} bytes in a file of {size} bytes")
+    return bytes(prefix + file.read(length))
+
+
+def _explained(path: Path, message: str) -> str:
+    try:
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                return "this is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    except OSError:
+        pass
+    return message
+
+
+def _tensors(name: str, header: bytes, size: int) -> tuple[TensorSpec, ...]:
+    if header[8:9] != b"{":
+        raise ValueError("the header does not start with '{'")
+    table = parse_json(header[8:])
+    _check_metadata(table.pop("__metadata__", {}))
+    specs = [_spec(name, tensor, entry, len(header)) for tensor, entry in table.items()]
+    specs.sort(key=lambda spec: (spec.chunks[0].offset, spec.chunks[0].nbytes))
+    end = len(header)
+    for spec in specs:
+        if spec.chunks[0].offset != end:
+            raise ValueError(f"{spec.name!r} starts at byte {spec.chunks[0].offset}, expected {end}: a hole or an overlap")
+        end += spec.chunks[0].nbytes
+    if end != size:
+        raise ValueError(f"the tensors end at byte {end}, the file has {size}: truncated or trailing bytes")
+    return tuple(specs)
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is not a table of texts")
+
+
+def _spec(file: str, name: str, entry: Any, base: int) -> TensorSpec:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r}: expected dtype, shape and data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name!r}: shape {shape!r}, data_offsets {offsets!r}")
+    dtype = BY_SAFETENSORS.get(entry["dtype"])
+    if dtype is None:
+        raise ValueError(f"{name!r}: unknown dtype {entry['dtype']!r}")
+    nbytes = offsets[1] - offsets[0]
+    if prod(shape) * dtype.size != nbytes:
+        raise ValueError(f"{name!r}: {shape} of {dtype.name} needs {prod(shape) * dtype.size} bytes, found {nbytes}")
+    box = tuple((0, extent) for extent in shape)
+    return TensorSpec(name, dtype, tuple(shape), (Chunk(box, file, base + offsets[0], nbytes),))
+
+
+def _sizes(values: Any) -> bool:
+    return isinstance(values, list) and len(values) <= 16 and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index file: tensor → shard. Raises InputError for anything but plain file names."""
+    table = read_json(path, INDEX_LIMIT)
+    weights = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise refuse("index", "the index has no weight_map", [Problem(file=path.name)])
+    bad = [Problem(file=path.name, tensor=name, found=repr(value)) for name, value in weights.items() if not plain_name(value)]
+    if bad:
+        raise refuse("index", "the index names files that are not plain file names", bad)
+    return weights
+
+
+def plain_name(value: Any) -> bool:
+    """One path component, nothing that any system could read as more."""
+    return isinstance(value, str) and 0 < len(value) < 256 and value not in (".", "..") and not set(value) & set("/\\\0:")
+
+
+def emit_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header, length field included, of a file that holds `tensors` in this order, padded to 8 bytes."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + prod(shape) * dtype.size
+        table[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,261 @@
+"""Megatron `torch_dist` checkpoints, read without torch: `.metadata` and the `.distcp` items it points at.
+
+Classes and attributes as in torch/distributed/checkpoint/metadata.py (2.13) and megatron-core 0.16. Everything that the
+loaders do not check is checked here: holes, overlaps, dtypes, byte ranges; payload checksums while bytes pass.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from transcoder.errors import Problem, refuse
+from transcoder.formats.archive import read_pickle, read_tensor
+from transcoder.formats.pickles import Global, Pairs, Record, loads
+from transcoder.formats.safetensors import open_regular
+from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
+
+METADATA_LIMIT = 1 << 30  # bytes
+DCP = "torch.distributed.checkpoint"
+_DCP_NAMES = {
+    f"{DCP}.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+    "TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    f"{DCP}.filesystem": "_StorageInfo _StoragePrefix",
+    f"{DCP}.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
+    "torch": "Size " + " ".join(DTYPES),
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
+    "pathlib": "PosixPath",
+    "pathlib._local": "PosixPath",
+}
+METADATA_NAMES = frozenset((module, name) for module, names in _DCP_NAMES.items() for name in names.split())
+_FIELDS = {
+    "Metadata": ("state_dict_metadata", "planner_data", "storage_data", "storage_meta"),
+    "MCoreMetadata": ("state_dict_metadata", "planner_data", "storage_data", "storage_meta"),
+    "TensorStorageMetadata": ("properties", "size", "chunks"),
+    "ChunkStorageMetadata": ("offsets", "sizes"),
+    "MetadataIndex": ("fqn", "offset", "index"),
+    "_StorageInfo": ("relative_path", "offset", "length", "transform_descriptors"),
+}
+TRAINING_STATE = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Where an item lies: file, offset and length in bytes."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TorchDist:
+    """An opened checkpoint: weight tensors with their chunks, objects, and what is not weights."""
+
+    path: Path
+    tensors: Mapping[str, tuple[DType, tuple[int, ...], tuple[tuple[Box, Item], ...]]]
+    objects: Mapping[str, Item]
+    ignored: Mapping[str, int]  # training-state prefix → number of keys
+
+    @cached_property
+    def catalog(self) -> dict[str, TensorSpec]:
+        """Every weight tensor with its payload places; item containers are read and checked here."""
+        views: dict[str, memoryview] = {}
+        return {key: self._spec(key, views) for key in self.tensors}
+
+    def _spec(self, key: str, views: dict[str, memoryview]) -> TensorSpec:
+        dtype, shape, places = self.tensors[key]
+        return TensorSpec(key, dtype, shape, tuple(self._chunk(key, dtype, box, item, views) for box, item in places))
+
+    def _chunk(self, key: str, dtype: DType, box: Box, item: Item, views: dict[str, memoryview]) -> Chunk:
+        view = views.get(item.file) or views.setdefault(item.file, map_file(self.path / item.file))
+        if item.offset + item.length > len(view):
+            found = f"{len(view)} bytes"
+            raise refuse("truncated", "an item lies beyond the end of its file", [Problem(file=item.file, tensor=key, expected=f"{item.offset + item.length} bytes", found=found)])
+        stored = read_tensor(view[item.offset : item.offset + item.length], f"{item.file}: {key}")
+        if (stored.dtype, stored.shape) != (dtype, box_shape(box)):
+            expected, found = f"{dtype.name} {list(box_shape(box))}", f"{stored.dtype.name} {list(stored.shape)}"
+            raise refuse("item", "an item is not what .metadata says", [Problem(file=item.file, tensor=key, expected=expected, found=found)])
+        return Chunk(box, item.file, item.offset + stored.start, stored.size, stored.crc)
+
+
+def map_file(path: Path) -> memoryview:
+    """A file's bytes, mapped read-only; an empty file gives an empty view. Raises InputError."""
+    try:
+        with open_regular(path, follow_links=False) as file:
+            size = path.stat().st_size
+            return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)) if size else memoryview(b"")
+    except (OSError, ValueError) as error:
+        raise refuse("file", "a file of the checkpoint cannot be read", [Problem(file=path.name, message=str(error))]) from error
+
+
+def open_torch_dist(path: Path) -> TorchDist:
+    """The checkpoint in an iteration directory. Raises InputError for anything that is not whole."""
+    data = map_file(path / ".metadata")
+    if len(data) > METADATA_LIMIT:
+        raise refuse("metadata", ".metadata is too large", [Problem(file=".metadata", found=f"{len(data)} bytes")])
+    root = loads(data, METADATA_NAMES, ".metadata")
+    try:
+        return _opened(path, root)
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        if hasattr(error, "problems"):
+            raise
+        raise refuse("metadata", ".metadata is not checkpoint metadata", [Problem(file=".metadata", message=str(error))]) from error
+
+
+def _opened(path: Path, root: object) -> TorchDist:
+    fields = record_fields(root, "Metadata", "MCoreMetadata")
+    places = _storage(fields["storage_data"])
+    tensors, objects, ignored = {}, {}, defaultdict[str, int](int)
+    for key, value in _pairs(fields["state_dict_metadata"]):
+        prefix = next((p for p in TRAINING_STATE if key.startswith(p)), "")
+        if prefix:
+            ignored[prefix] += 1
+        elif value.callable.name == "TensorStorageMetadata":
+            tensors[key] = _tensor(key, value, places)
+        else:
+            objects[key] = places[key][None]
+    _check_ranges(places)
+    return TorchDist(path, tensors, objects, dict(ignored))
+
+
+def record_fields(value: object, *classes: str) -> dict[str, Any]:
+    """Fields of an inert record of one of `classes`, whether given as arguments or as state. Raises ValueError."""
+    if not isinstance(value, Record) or value.callable.name not in classes:
+        raise ValueError(f"expected {' or '.join(classes)}, found {value!r:.80}")
+    fields = dict(zip(_FIELDS[value.callable.name], value.args, strict=False))
+    if value.state is not None:
+        fields |= dict(_pairs(value.state))
+    return fields
+
+
+def _pairs(value: object) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Pairs):
+        raise ValueError(f"expected a dictionary, found {value!r:.80}")
+    for key, item in value:
+        if not isinstance(key, str):
+            raise ValueError(f"expected a text key, found {key!r:.80}")
+        yield key, item
+
+
+_Places = dict[str, dict[tuple[int, ...] | None, Item]]
+
+
+def _storage(value: object) -> _Places:
+    if not isinstance(value, Pairs):
+        raise ValueError("storage_data is not a dictionary")
+    places: _Places = defaultdict(dict)
+    for index, info in value:
+        key = record_fields(index, "MetadataIndex")
+        fields = record_fields(info, "_StorageInfo")
+        if fields.get("transform_descriptors"):
+            raise ValueError(f"{key['fqn']!r} is stored through a transform, which is not supported")
+        offset = None if key.get("offset") is None else _integers(key["offset"])
+        if offset in places[key["fqn"]]:
+            raise ValueError(f"{key['fqn']!r} has two items at {offset}")
+        places[key["fqn"]][offset] = _item(fields)
+    return places
+
+
+def _item(fields: Mapping[str, Any]) -> Item:
+    name, (offset, length) = fields["relative_path"], _integers((fields["offset"], fields["length"]))
+    parts = name.split("/")
+    if not all(part and part not in (".", "..") and not set(part) & set("\\\0") for part in parts):
+        raise ValueError(f"{name!r} is not a path inside the checkpoint")
+    return Item(name, offset, length)
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    found = tuple(values)
+    if not all(type(value) is int and 0 <= value < 1 << 62 for value in found):
+        raise ValueError(f"{found!r:.80} are not sizes")
+    return found
+
+
+def _tensor(key: str, value: Record, places: _Places) -> tuple[DType, tuple[int, ...], tuple[tuple[Box, Item], ...]]:
+    fields = record_fields(value, "TensorStorageMetadata")
+    shape = _integers(fields["size"])
+    boxes = []
+    for chunk in fields["chunks"]:
+        part = record_fields(chunk, "ChunkStorageMetadata")
+        offsets, sizes = _integers(part["offsets"]), _integers(part["sizes"])
+        box = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
+        if offsets not in places.get(key, {}):
+            raise ValueError(f"{key!r}: the chunk at {offsets} has no item")
+        boxes.append((box, places[key][offsets]))
+    check_tiling(key, shape, [box for box, _ in boxes])
+    return _dtype(fields["properties"]), shape, tuple(boxes)
+
+
+def _dtype(properties: object) -> DType:
+    if isinstance(properties, Record):
+        first = properties.state[0] if isinstance(properties.state, tuple) else properties.args[0] if properties.args else None
+        if properties.state and isinstance(properties.state, Pairs):
+            first = dict(_pairs(properties.state)).get("dtype")
+        if isinstance(first, Global) and first.module == "torch" and first.name in DTYPES:
+            return DTYPES[first.name]
+    raise ValueError(f"unknown tensor properties {properties!r:.80}")
+
+
+def check_tiling(key: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
+    """Refuse boxes that do not tile the shape exactly: megatron-core loads such holes without a word."""
+    inside = all(len(box) == len(shape) and all(0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True)) for box in boxes)
+    volume = sum(prod(box_shape(box)) for box in boxes)
+    if inside and volume == prod(shape) and (_is_grid(boxes) or not _overlap(boxes)):
+        return
+    expected, found = f"{prod(shape)} elements, each once", f"{len(boxes)} chunks with {volume} elements"
+    raise refuse("chunks", "the chunks of a tensor do not tile it", [Problem(file=".metadata", tensor=key, expected=expected, found=found)])
+
+
+def _is_grid(boxes: list[Box]) -> bool:
+    parts = [sorted(set(intervals)) for intervals in zip(*boxes, strict=True)] if boxes else []
+    disjoint = all(a[1] <= b[0] for dim in parts for a, b in zip(dim, dim[1:], strict=False))
+    return disjoint and len(set(boxes)) == len(boxes)
+
+
+def _overlap(boxes: list[Box]) -> bool:
+    if len(boxes) > 4096:
+        return True
+    return any(
+        all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, two, strict=True))
+        for number, one in enumerate(boxes)
+        for two in boxes[:number]
+    )
+
+
+def _check_ranges(places: _Places) -> None:
+    by_file: dict[str, set[tuple[int, int, str]]] = defaultdict(set)
+    for key, items in places.items():
+        for item in items.values():
+            by_file[item.file].add((item.offset, item.length, "" if items.keys() == {None} else key))
+    for file, ranges in by_file.items():
+        ordered = sorted(ranges)
+        for (start, length, key), (after, _, other) in zip(ordered, ordered[1:], strict=False):
+            if start + length > after:
+                raise refuse("metadata", "two items overlap", [Problem(file=file, tensor=key or other, found=f"bytes {after} to {start + length}")])
+
+
+def plain(value: object) -> Any:
+    """Inert pickle data as plain values: dictionaries with text keys, namespaces as dictionaries, the rest as it is."""
+    if isinstance(value, Pairs):
+        return {key: plain(item) for key, item in value if isinstance(key, str)}
+    if isinstance(value, Record):
+        return plain(value.state) if value.state is not None else value
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """The plain values of common.pt; {} when the file is absent. Nothing in it is executed."""
+    if not (path / "common.pt").exists():
+        return {}
+    values = plain(read_pickle(map_file(path / "common.pt"), None, "common.pt"))
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,200 @@
+"""Megatron `torch_dist` checkpoints, written in place: every item's place is known before the first byte moves.
+
+A rank has two files, `__<rank>_0.distcp` and `__<rank>_1.distcp`; each tensor belongs to one of the two sets, balanced
+by bytes in key order, so that workers own files. All `_extra_state` entries point at one blob, `torch.save([None])`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+from isal.isal_zlib import crc32, crc32_combine
+
+from transcoder.formats.archive import TensorItem, archive, tensor_item
+from transcoder.formats.pickles import Global, Pairs, Record, dumps
+from transcoder.spec import Box, Chunk, DType, TensorSpec, box_shape
+
+PIECE = 1 << 20  # bytes of one write
+DCP = "torch.distributed.checkpoint"
+SETS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tensor to store: its chunks as (box, rank, order), order being the place in the file (the layer)."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    chunks: tuple[tuple[Box, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Every chunk with its file and offset, every file with its size, and the objects' one blob."""
+
+    catalog: Mapping[str, TensorSpec]
+    items: Mapping[tuple[str, Box], tuple[str, int, int]]  # file, offset and length of the whole item
+    sizes: Mapping[str, int]
+    sets: Mapping[str, int]
+    objects: tuple[str, ...]
+    blob: bytes
+
+
+@lru_cache(maxsize=4096)
+def _container(dtype: DType, shape: tuple[int, ...]) -> TensorItem:
+    return tensor_item(dtype, shape)
+
+
+def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Placement:
+    """A file and an offset for every chunk. Pure: nothing is written. ranks: how many ranks write files."""
+    wanted = sorted(tensors, key=lambda tensor: tensor.name)
+    sets = balance({tensor.name: prod(tensor.shape) * tensor.dtype.size for tensor in wanted}, SETS)
+    blob = archive(dumps([None]))
+    sizes = {f"__{rank}_{number}.distcp": 0 for rank in range(ranks) for number in range(SETS)}
+    sizes["__0_0.distcp"] = len(blob)
+    items: dict[tuple[str, Box], tuple[str, int, int]] = {}
+    chunks: dict[str, dict[Box, Chunk]] = {tensor.name: {} for tensor in wanted}
+    ordered = sorted((order, n, i) for n, tensor in enumerate(wanted) for i, (_, _, order) in enumerate(tensor.chunks))
+    for _, n, i in ordered:
+        tensor, (box, rank, _) = wanted[n], wanted[n].chunks[i]
+        file = f"__{rank}_{sets[tensor.name]}.distcp"
+        item = _container(tensor.dtype, box_shape(box))
+        items[tensor.name, box] = file, sizes[file], item.length
+        chunks[tensor.name][box] = Chunk(box, file, sizes[file] + item.payload_offset, item.payload_size)
+        sizes[file] += item.length
+    catalog = {t.name: TensorSpec(t.name, t.dtype, t.shape, tuple(chunks[t.name][box] for box, _, _ in t.chunks)) for t in wanted}
+    return Placement(catalog, items, sizes, sets, tuple(objects), blob)
+
+
+def balance(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Each name to one of `count` sets: in order, always to the set with the fewest bytes.
+
+    >>> balance({"a": 3, "b": 1, "c": 1}, 2)
+    {'a': 0, 'b': 1, 'c': 1}
+    """
+    totals, found = [0] * count, {}
+    for name, size in sizes.items():
+        found[name] = totals.index(min(totals))
+        totals[found[name]] += size
+    return found
+
+
+class TorchDistWriter:
+    """Writes payload ranges in any order; a chunk's container is closed when its payload is complete."""
+
+    def __init__(self, folder: Path, placement: Placement) -> None:
+        self.folder, self.placement = folder, placement
+        self.crcs: dict[tuple[str, Box], int] = {}
+        self._parts: dict[tuple[str, Box], list[tuple[int, int, int]]] = {}
+        self._covered: dict[tuple[str, Box], int] = {}
+        self._files: dict[str, int] = {}
+
+    def prepare(self) -> None:
+        """Create every file at its final size. Raises OSError when the disk is full."""
+        for name, size in self.placement.sizes.items():
+            self._files[name] = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            if size:
+                os.posix_fallocate(self._files[name], 0, size)
+        os.pwrite(self._files["__0_0.distcp"], self.placement.blob, 0)
+
+    def write(self, key: str, chunk: Chunk, start: int, data: memoryview) -> None:
+        """Store payload bytes [start, start + len(data)) of a chunk, each byte exactly once."""
+        place, file = (key, chunk.box), self._files[chunk.file]
+        for begin in range(0, len(data), PIECE):
+            piece = data[begin : begin + PIECE]
+            write_all(file, piece, chunk.offset + start + begin)
+            self._parts.setdefault(place, []).append((start + begin, len(piece), crc32(piece)))
+        self._covered[place] = self._covered.get(place, 0) + len(data)
+        if self._covered[place] == chunk.nbytes:
+            self._close(key, chunk)
+
+    def _close(self, key: str, chunk: Chunk) -> None:
+        self.crcs[key, chunk.box] = crc = combined(self._parts.pop((key, chunk.box), []))
+        item = _container(self.placement.catalog[key].dtype, box_shape(chunk.box))
+        file = self._files[chunk.file]
+        write_all(file, memoryview(item.prefix), chunk.offset - item.payload_offset)
+        write_all(file, memoryview(item.suffix(crc)), chunk.offset + chunk.nbytes)
+
+    def finish(self, sync: bool) -> dict[str, int]:
+        """Close the files, durable if `sync`. Returns the CRC-32 of each. Raises RuntimeError if a chunk is incomplete."""
+        open_chunks = [key for key in self.placement.items if key not in self.crcs]
+        if open_chunks:
+            raise RuntimeError(f"{len(open_chunks)} chunks are incomplete, first {open_chunks[0]}")
+        for file in self._files.values():
+            if sync:
+                os.fdatasync(file)
+        self.close()
+        return self._file_crcs()
+
+    def close(self) -> None:
+        """Release the file descriptors."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _file_crcs(self) -> dict[str, int]:
+        found = {name: 0 for name in self.placement.sizes}
+        found["__0_0.distcp"] = crc32(self.placement.blob)
+        for (key, box), (file, _, _) in self.placement.items.items():  # ascending offsets within each file
+            item = _container(self.placement.catalog[key].dtype, box_shape(box))
+            crc = self.crcs[key, box]
+            for part, size in ((crc32(item.prefix), len(item.prefix)), (crc, item.payload_size)):
+                found[file] = crc32_combine(found[file], part, size)
+            suffix = item.suffix(crc)
+            found[file] = crc32_combine(found[file], crc32(suffix), len(suffix))
+        return found
+
+
+def combined(parts: list[tuple[int, int, int]]) -> int:
+    """CRC-32 of adjacent ranges given as (start, length, crc). Raises RuntimeError when they are not adjacent."""
+    crc = end = 0
+    for start, length, part in sorted(parts):
+        if start != end:
+            raise RuntimeError(f"bytes {end} to {start} were written twice or never")
+        crc, end = crc32_combine(crc, part, length), start + length
+    return crc
+
+
+def write_all(file: int, data: memoryview, offset: int) -> None:
+    """Write every byte at `offset`, however often the kernel writes fewer."""
+    while len(data):
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def metadata(placement: Placement) -> bytes:
+    """The bytes of `.metadata`: torch's Metadata with the two attributes that loaders need."""
+    tensors: list[tuple[object, object]] = []
+    storage: list[tuple[object, object]] = []
+    for key, spec in placement.catalog.items():
+        tensors.append((key, _tensor_metadata(spec)))
+        for chunk in spec.chunks:
+            storage.append((_index(key, tuple(start for start, _ in chunk.box)), _info(*placement.items[key, chunk.box])))
+    for key in placement.objects:
+        tensors.append((key, Record(Global(f"{DCP}.metadata", "BytesStorageMetadata"), ())))
+        storage.append((_index(key, None), _info("__0_0.distcp", 0, len(placement.blob))))
+    return dumps(Record(Global(f"{DCP}.metadata", "Metadata"), (Pairs(tensors), None, Pairs(storage))))
+
+
+def _tensor_metadata(spec: TensorSpec) -> Record:
+    properties = Record(Global(f"{DCP}.metadata", "TensorProperties"), (Global("torch", spec.dtype.name),))
+    chunk_class = Global(f"{DCP}.metadata", "ChunkStorageMetadata")
+    chunks = [Record(chunk_class, (_size(start for start, _ in chunk.box), _size(box_shape(chunk.box)))) for chunk in spec.chunks]
+    return Record(Global(f"{DCP}.metadata", "TensorStorageMetadata"), (properties, _size(spec.shape), chunks))
+
+
+def _size(values: Iterable[int]) -> Record:
+    return Record(Global("torch", "Size"), (tuple(values),))
+
+
+def _index(key: str, offset: tuple[int, ...] | None) -> Record:
+    return Record(Global(f"{DCP}.metadata", "MetadataIndex"), (key, None if offset is None else _size(offset)))
+
+
+def _info(file: str, offset: int, length: int) -> Record:
+    return Record(Global(f"{DCP}.filesystem", "_StorageInfo"), (file, offset, length))

@@ -1,0 +1,82 @@
+"""config.json → plain values for recipes: both Hugging Face dialects folded into one, nothing executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transcoder.errors import Problem, refuse
+
+CONFIG_LIMIT = 16 << 20  # bytes
+NESTING_LIMIT = 64
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """A JSON file, strictly: UTF-8, at most `limit` bytes, no repeated keys, no NaN. Raises InputError."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise ValueError(f"{size} bytes, the limit is {limit}")
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise refuse("json", "cannot read a JSON file", [Problem(file=path.name, message=str(error))]) from error
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON: UTF-8, bounded nesting, no repeated keys, no NaN or Infinity. Raises ValueError."""
+    depth = 0
+    for byte in data:
+        if byte in b"{[":
+            depth += 1
+            if depth > NESTING_LIMIT:
+                raise ValueError(f"nested deeper than {NESTING_LIMIT}")
+        elif byte in b"}]":
+            depth -= 1
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory. Raises InputError when it is absent or not an object."""
+    path = directory / "config.json"
+    if not path.is_file():
+        problem = Problem(file="config.json", expected="a Hugging Face directory with config.json", found="no such file")
+        raise refuse("no-config", f"{directory} is not a Hugging Face model directory", [problem])
+    config = read_json(path, CONFIG_LIMIT)
+    if not isinstance(config, dict):
+        raise refuse("config", "config.json is not a JSON object", [Problem(file="config.json")])
+    return config
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The one class name under `architectures`, or an empty string."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
+
+
+def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Config values with one spelling: `rope_theta`, `rope_type` and `dtype`, whichever release wrote the file."""
+    values = dict(config)
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if isinstance(rope, dict):
+        values["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta")
+        values["rope_type"] = rope.get("rope_type") or rope.get("type")
+    values["dtype"] = values.get("dtype") or values.get("torch_dtype")
+    if values.get("tie_word_embeddings") is None:
+        values["tie_word_embeddings"] = values.get("model_type") not in UNTIED_BY_DEFAULT
+    return values
+
+
+UNTIED_BY_DEFAULT = ("llama", "mistral", "qwen2", "qwen3")  # defaults of the classes in transformers

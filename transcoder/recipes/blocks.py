@@ -1,0 +1,135 @@
+"""Rule tuples that recipes share. Stored Megatron names as in megatron-core 0.16 with Transformer Engine norms.
+
+Layouts: QKV as in megatron/core/transformer/attention.py (query groups in order, each its heads, then k, then v);
+gate and up as in megatron/core/transformer/mlp.py (all gate rows, then all up rows).
+"""
+
+from __future__ import annotations
+
+from transcoder.recipe import Rule, rule
+
+AXES = {
+    "l": "num_hidden_layers",
+    "h": "hidden_size",
+    "g": "num_key_value_heads or num_attention_heads",
+    "q": "num_attention_heads // g",
+    "d": "head_dim or hidden_size // num_attention_heads",
+    "k": "d",
+    "v": "d",
+    "f": "intermediate_size",
+    "gate": "f",
+    "up": "f",
+    "vocab": "vocab_size",
+}
+
+H, D = "model.layers.{l}.", "decoder.layers.{l}."
+
+EMBED = (
+    rule("embedding.word_embeddings.weight [vocab pad]/tp h", "model.embed_tokens.weight vocab h"),
+    rule(
+        "output_layer.weight [vocab pad]/tp h",
+        "lm_head.weight vocab h",
+        only="not tie_word_embeddings",
+        stage="last",
+    ),
+)
+FINAL = (rule("decoder.final_layernorm.weight h", "model.norm.weight h", stage="last"),)
+
+ATTENTION = (
+    rule(f"{D}self_attention.linear_qkv.layer_norm_weight h", f"{H}input_layernorm.weight h"),
+    rule(
+        f"{D}self_attention.linear_qkv.weight (g [(q d) k v])/tp h",
+        f"{H}self_attn.q_proj.weight (g q d) h",
+        f"{H}self_attn.k_proj.weight (g k) h",
+        f"{H}self_attn.v_proj.weight (g v) h",
+    ),
+    rule(f"{D}self_attention.linear_proj.weight h (g q d)/tp", f"{H}self_attn.o_proj.weight h (g q d)"),
+)
+
+
+def qkv_bias(only: str = "") -> Rule:
+    """The bias of the fused QKV, under a guard."""
+    return rule(
+        f"{D}self_attention.linear_qkv.bias (g [(q d) k v])/tp",
+        f"{H}self_attn.q_proj.bias (g q d)",
+        f"{H}self_attn.k_proj.bias (g k)",
+        f"{H}self_attn.v_proj.bias (g v)",
+        only=only,
+    )
+
+
+# megatron-core has one switch for the biases of all linears: where Hugging Face has only some, the others are zero.
+BIASES = (
+    qkv_bias("attention_bias"),
+    rule(
+        f"{D}self_attention.linear_qkv.bias (zero_g [(zero_q zero_d) zero_k zero_v])/tp",
+        only="mlp_bias and not attention_bias",
+    ),
+    rule(f"{D}self_attention.linear_proj.bias h", f"{H}self_attn.o_proj.bias h", only="attention_bias"),
+    rule(f"{D}self_attention.linear_proj.bias zero_h", only="mlp_bias and not attention_bias"),
+    rule(
+        f"{D}mlp.linear_fc1.bias [gate/tp up/tp]",
+        f"{H}mlp.gate_proj.bias gate",
+        f"{H}mlp.up_proj.bias up",
+        only="mlp_bias",
+    ),
+    rule(f"{D}mlp.linear_fc1.bias [zero_gate/tp zero_up/tp]", only="attention_bias and not mlp_bias"),
+    rule(f"{D}mlp.linear_fc2.bias h", f"{H}mlp.down_proj.bias h", only="mlp_bias"),
+    rule(f"{D}mlp.linear_fc2.bias zero_h", only="attention_bias and not mlp_bias"),
+)
+
+QK_NORM = (
+    rule(f"{D}self_attention.q_layernorm.weight d", f"{H}self_attn.q_norm.weight d"),
+    rule(f"{D}self_attention.k_layernorm.weight d", f"{H}self_attn.k_norm.weight d"),
+)
+
+GATED_MLP = (
+    rule(f"{D}mlp.linear_fc1.layer_norm_weight h", f"{H}post_attention_layernorm.weight h"),
+    rule(
+        f"{D}mlp.linear_fc1.weight [gate/tp up/tp] h",
+        f"{H}mlp.gate_proj.weight gate h",
+        f"{H}mlp.up_proj.weight up h",
+    ),
+    rule(f"{D}mlp.linear_fc2.weight h f/tp", f"{H}mlp.down_proj.weight h f"),
+)
+
+# Modules for which a Transformer Engine model asks for `_extra_state`, and a guard.
+EXTRA_STATE = tuple(
+    (module, "")
+    for module in (
+        f"{D}self_attention.linear_qkv",
+        f"{D}self_attention.linear_proj",
+        f"{D}mlp.linear_fc1",
+        f"{D}mlp.linear_fc2",
+        "decoder.final_layernorm",
+    )
+)
+QK_NORM_STATE = ((f"{D}self_attention.q_layernorm", ""), (f"{D}self_attention.k_layernorm", ""))
+
+# Fields of megatron-core's TransformerConfig, as expressions over the axes and the config.
+DENSE = {
+    "num_layers": "l",
+    "hidden_size": "h",
+    "ffn_hidden_size": "f",
+    "num_attention_heads": "g * q",
+    "num_query_groups": "g",
+    "kv_channels": "d",
+    "vocab_size": "vocab",
+    "share_embeddings_and_output_weights": "not not tie_word_embeddings",
+    "normalization": "'RMSNorm'",
+    "layernorm_epsilon": "rms_norm_eps or 1e-06",
+    "gated_linear_unit": "True",
+    "add_bias_linear": "not not (attention_bias or mlp_bias)",
+    "add_qkv_bias": "not not attention_bias",
+    "qk_layernorm": "False",
+    "position_embedding_type": "'rope'",
+    "rotary_base": "rope_theta or 10000.0",
+    "seq_length": "max_position_embeddings or 2048",
+}
+
+# Conditions under which the weights are right but a field of the config has no counterpart that was measured.
+CHECKS = {
+    "rope_type is not None and rope_type != 'default'": "rope_scaling is not carried into the Megatron configuration",
+    "sliding_window is not None and use_sliding_window is not False": "sliding_window is not carried over",
+    "hidden_act is not None and hidden_act != 'silu'": "hidden_act is not silu",
+}

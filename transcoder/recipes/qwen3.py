@@ -1,0 +1,25 @@
+"""Qwen3 dense: Llama with a norm over each query and key head; head_dim is explicit."""
+
+from transcoder.recipe import Recipe
+from transcoder.recipes.blocks import (
+    ATTENTION,
+    AXES,
+    CHECKS,
+    DENSE,
+    EMBED,
+    EXTRA_STATE,
+    FINAL,
+    GATED_MLP,
+    QK_NORM,
+    QK_NORM_STATE,
+)
+
+RECIPE = Recipe(
+    name="qwen3",
+    hf=("Qwen3ForCausalLM",),
+    axes=AXES | {"d": "head_dim or 128"},
+    rules=EMBED + ATTENTION + QK_NORM + GATED_MLP + FINAL,
+    extra_state=EXTRA_STATE + QK_NORM_STATE,
+    model=DENSE | {"qk_layernorm": "True", "add_bias_linear": "False", "add_qkv_bias": "False"},
+    checks=CHECKS,
+)
