@@ -89,7 +89,9 @@ def fill(atlas: Atlas, family: Family, index: dict[str, int], dtype: DType, sink
                 sink(key, chunk, run.chunk * dtype.size + begin, zeros[:size])
 
 
-def filler_values(atlas: Atlas, family: Family, index: dict[str, int], dtype: DType, fetch: Fetch) -> Iterator[tuple[str, str]]:
+def filler_values(
+    atlas: Atlas, family: Family, index: dict[str, int], dtype: DType, fetch: Fetch
+) -> Iterator[tuple[str, str]]:
     """Key and filler axis of every filler range that holds something other than zeros."""
     for key, chunk, copy, axis in atlas.fillers(family, index):
         for run in runs(copy):
@@ -120,7 +122,13 @@ class CheckedChunks:
     def _compare(self, key: str, chunk: Chunk, found: int) -> None:
         if chunk.crc is not None and found != chunk.crc:
             expected, got = f"CRC-32 {chunk.crc:08x}", f"{found:08x}"
-            problem = Problem(file=chunk.file, tensor=key, expected=expected, found=got, hint="the payload is damaged: copy the file again")
+            problem = Problem(
+                file=chunk.file,
+                tensor=key,
+                expected=expected,
+                found=got,
+                hint="the payload is damaged: copy the file again",
+            )
             raise refuse("checksum", "a payload does not have its recorded checksum", [problem])
 
 

@@ -52,7 +52,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. Raises InputError when it is absent or not an object."""
     path = directory / "config.json"
     if not path.is_file():
-        problem = Problem(file="config.json", expected="a Hugging Face directory with config.json", found="no such file")
+        problem = Problem(
+            file="config.json", expected="a Hugging Face directory with config.json", found="no such file"
+        )
         raise refuse("no-config", f"{directory} is not a Hugging Face model directory", [problem])
     config = read_json(path, CONFIG_LIMIT)
     if not isinstance(config, dict):

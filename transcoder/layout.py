@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product as combinations
 from math import prod
 
@@ -115,7 +115,7 @@ class Layout:
         return tuple(tuple(_cut(dim, sizes, mesh, self.text)) for dim in self.dims)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Layout:
     """The layout that `text` spells. Raises LayoutError with the place of the fault.
 

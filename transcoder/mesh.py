@@ -60,9 +60,16 @@ class Mesh:
                 raise UsageError(f"--{option} {size}: give a number of 1 or more", kind="mesh")
         for name in ("attention heads", "ffn size"):
             if facts[name] % self.tp:
-                fits = ", ".join(str(n) for n in range(1, 129) if all(facts[key] % n == 0 for key in facts if key != "layers"))
-                raise UsageError(f"--tp {self.tp} does not divide the {facts[name]} {name}; values that fit: {fits}", kind="mesh")
+                fits = ", ".join(
+                    str(n) for n in range(1, 129) if all(facts[key] % n == 0 for key in facts if key != "layers")
+                )
+                raise UsageError(
+                    f"--tp {self.tp} does not divide the {facts[name]} {name}; values that fit: {fits}", kind="mesh"
+                )
         if self.pp > facts["layers"]:
-            raise UsageError(f"--pp {self.pp}: the model has {facts['layers']} layers; values that fit: 1 to {facts['layers']}", kind="mesh")
+            raise UsageError(
+                f"--pp {self.pp}: the model has {facts['layers']} layers; values that fit: 1 to {facts['layers']}",
+                kind="mesh",
+            )
         if self.ep * self.etp > 1:
             raise UsageError("--ep and --etp: this model has no experts; the value that fits is 1", kind="mesh")

@@ -117,7 +117,9 @@ def strides(shape: tuple[int, ...] | list[int]) -> list[int]:
 
 def _flat(cell: Cell, dim_strides: list[int], ranges: Ranges) -> tuple[int, dict[str, int]]:
     base = sum(origin * stride for origin, stride in zip(cell.origin, dim_strides, strict=True))
-    steps = {name: step * stride for dim, stride in zip(cell.steps, dim_strides, strict=True) for name, step in dim.items()}
+    steps = {
+        name: step * stride for dim, stride in zip(cell.steps, dim_strides, strict=True) for name, step in dim.items()
+    }
     return base + sum(steps[name] * ranges[name][0] for name in steps), steps
 
 

@@ -117,7 +117,9 @@ def axis_sizes(recipe: Recipe, values: Mapping[str, Any], limit: int) -> dict[st
         except (TypeError, ZeroDivisionError):
             scope[name] = None
         if type(scope[name]) is not int or not 0 < scope[name] < MAX_SIZE:
-            problems.append(Problem(file="config.json", message=f"{text} = {scope[name]!r}", expected="a positive integer"))
+            problems.append(
+                Problem(file="config.json", message=f"{text} = {scope[name]!r}", expected="a positive integer")
+            )
     if not problems and scope["l"] > limit:
         found = f"{limit} tensors in the files"
         problems.append(Problem(file="config.json", message=f"num_hidden_layers = {scope['l']}", found=found))
@@ -144,7 +146,7 @@ def _with_fillers(rule: Rule, sizes: Mapping[str, int]) -> dict[str, int]:
 def _family(rule: Rule, dialect: str, sizes: Mapping[str, int]) -> Family:
     index = tuple(dict.fromkeys(axis for side in (*rule.mcore, *rule.hf) for axis in side.name_axes))
     mcore = tuple(_stacked(side) if dialect == "stacked" else side for side in rule.mcore)
-    single = {**sizes, **{axis: 1 for axis in index}}
+    single = {**sizes, **dict.fromkeys(index, 1)}
     cells = [(part, cell) for part, side in enumerate(mcore) for cell in _nonempty(side, single)]
     pairs, used = [], set()
     for side in rule.hf:
@@ -152,7 +154,9 @@ def _family(rule: Rule, dialect: str, sizes: Mapping[str, int]) -> Family:
         for cell in side.layout.cells(single):
             partner = [(part, other) for part, other in cells if other.key - set(index) == cell.key - set(index)]
             if len(partner) != 1:
-                raise TranscoderError(f"rule {rule.label}: {side.name} has {len(partner)} partners for {sorted(cell.key)}")
+                raise TranscoderError(
+                    f"rule {rule.label}: {side.name} has {len(partner)} partners for {sorted(cell.key)}"
+                )
             used.add(partner[0][1].key)
             matched.append((*partner[0], cell))
         pairs.append(tuple(matched))
@@ -197,12 +201,14 @@ class Atlas:
         """Chunk, copy and filler axis of the elements that no Hugging Face tensor supplies."""
         for part, cell in family.fillers:
             key, chunks, boxes = self.near(family, part, index)
-            flat = Cell(cell.sizes, (0,), ({name: 0 for name in cell.sizes},))
+            flat = Cell(cell.sizes, (0,), (dict.fromkeys(cell.sizes, 0),))
             for chunk, box in zip(chunks, boxes, strict=True):
                 for ranges in clip(cell, box):
                     yield key, chunk, copy_of(cell, box, flat, (1,), 0, ranges), cell.filler
 
-    def near(self, family: Family, part: int, index: Mapping[str, int]) -> tuple[str, tuple[Chunk, ...], tuple[Box, ...]]:
+    def near(
+        self, family: Family, part: int, index: Mapping[str, int]
+    ) -> tuple[str, tuple[Chunk, ...], tuple[Box, ...]]:
         """Key, chunks that hold an instance, and their boxes relative to it."""
         side = family.mcore[part]
         key = side.named(index)
@@ -213,7 +219,9 @@ class Atlas:
         return (key, *self._near[key, shifts])
 
 
-def _relative(chunks: tuple[Chunk, ...], shifts: tuple[int, ...], index_dims: tuple[bool, ...]) -> tuple[tuple[Chunk, ...], tuple[Box, ...]]:
+def _relative(
+    chunks: tuple[Chunk, ...], shifts: tuple[int, ...], index_dims: tuple[bool, ...]
+) -> tuple[tuple[Chunk, ...], tuple[Box, ...]]:
     near, boxes = [], []
     for chunk in chunks:
         box = tuple((start - shift, stop - shift) for (start, stop), shift in zip(chunk.box, shifts, strict=True))
@@ -223,20 +231,24 @@ def _relative(chunks: tuple[Chunk, ...], shifts: tuple[int, ...], index_dims: tu
     return tuple(near), tuple(boxes)
 
 
-def _copies(mcore: Cell, hf: Cell, shape: tuple[int, ...], start: int, stop: int, boxes: tuple[Box, ...]) -> list[tuple[int, Copy]]:
+def _copies(
+    mcore: Cell, hf: Cell, shape: tuple[int, ...], start: int, stop: int, boxes: tuple[Box, ...]
+) -> list[tuple[int, Copy]]:
     found = []
     for hf_box in boxes_of_range(shape, start, stop):
         for inside in clip(hf, hf_box):
-            whole = {**{name: (0, 1) for name in mcore.sizes}, **inside}
+            whole = {**dict.fromkeys(mcore.sizes, (0, 1)), **inside}
             for position, box in enumerate(boxes):
                 for ranges in clip(mcore, box, whole):
                     found.append((position, _copy(mcore, box, hf, shape, start, ranges)))
     return found
 
 
-def _copy(mcore: Cell, box: Box, hf: Cell, shape: tuple[int, ...], start: int, ranges: dict[str, tuple[int, int]]) -> Copy:
+def _copy(
+    mcore: Cell, box: Box, hf: Cell, shape: tuple[int, ...], start: int, ranges: dict[str, tuple[int, int]]
+) -> Copy:
     steps = {name: 0 for name in ranges if name not in hf.sizes}
-    padded = Cell({**hf.sizes, **{name: 1 for name in steps}}, hf.origin, ({**hf.steps[0], **steps}, *hf.steps[1:]))
+    padded = Cell({**hf.sizes, **dict.fromkeys(steps, 1)}, hf.origin, ({**hf.steps[0], **steps}, *hf.steps[1:]))
     return copy_of(mcore, box, padded, shape, start, ranges)
 
 
@@ -246,9 +258,15 @@ def check_hf(model: Model, catalog: Catalog, dtype: DType, ignored: Iterable[str
     for name, tensor in model.hf.items():
         spec = catalog.get(name)
         if spec is not None and spec.shape != tensor.shape:
-            problems.append(_problem(tensor, spec, str(list(tensor.shape)), str(list(spec.shape)), "the config disagrees with the files"))
+            problems.append(
+                _problem(
+                    tensor, spec, str(list(tensor.shape)), str(list(spec.shape)), "the config disagrees with the files"
+                )
+            )
         elif spec is not None and spec.dtype != dtype:
-            problems.append(_problem(tensor, spec, dtype.name, spec.dtype.name, "convert the tensor or correct the config's dtype"))
+            problems.append(
+                _problem(tensor, spec, dtype.name, spec.dtype.name, "convert the tensor or correct the config's dtype")
+            )
     if problems:
         raise refuse("tensors", f"{len(problems)} tensors do not fit recipe {model.recipe.name}", problems)
 
@@ -295,7 +313,9 @@ def check_mcore(model: Model, catalog: Catalog) -> None:
         if spec is None:
             problems.append(Problem(tensor=name, rule=tensor.family.rule.label, expected=expected, found="no such key"))
         elif spec.shape != tensor.shape:
-            problems.append(Problem(tensor=name, rule=tensor.family.rule.label, expected=expected, found=str(list(spec.shape))))
+            problems.append(
+                Problem(tensor=name, rule=tensor.family.rule.label, expected=expected, found=str(list(spec.shape)))
+            )
     for name in catalog:
         if name not in model.mcore:
             problems.append(Problem(tensor=name, rule=f"recipe {model.recipe.name}", found="no rule matches"))
@@ -316,7 +336,9 @@ def check_coverage(model: Model, atlas: Atlas) -> None:
             filled[key, chunk.box] = filled.get((key, chunk.box), 0) + copy.count
             moved += copy.count
         if moved != prod(tensor.shape):
-            problems.append(Problem(tensor=tensor.name, expected=f"{prod(tensor.shape)} elements", found=f"{moved} in the chunks"))
+            problems.append(
+                Problem(tensor=tensor.name, expected=f"{prod(tensor.shape)} elements", found=f"{moved} in the chunks")
+            )
     for family in model.families:
         for index in family.instances():
             for key, chunk, copy, _ in atlas.fillers(family, index):

@@ -11,7 +11,7 @@ import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from transcoder.layout import Layout, parse
@@ -90,7 +90,7 @@ def evaluate(expression: str, values: Values) -> Any:
     return _value(_parsed(expression), values)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parsed(expression: str) -> ast.expr:
     return ast.parse(expression, mode="eval").body
 

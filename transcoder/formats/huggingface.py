@@ -15,7 +15,20 @@ from transcoder.spec import TensorSpec
 
 SIDE_LIMIT, SIDE_TOTAL = 64 << 20, 256 << 20  # bytes of one side file, and of all
 LEFT_OUT_FOLDERS = (".git", ".cache", "original")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".pkl", ".ckpt", ".npy", ".npz", ".h5", ".msgpack", ".onnx")
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".ckpt",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+)
 LEFT_OUT_PREFIXES = ("training_args", "optimizer", "scheduler.")
 
 
@@ -44,21 +57,27 @@ def open_hf(path: Path, follow_links: bool = False) -> HfDirectory:
     names, index, weights = _shard_names(path)
     shards = tuple(read_shard(path / name, follow_links) for name in names)
     _check_names(shards, weights)
-    side_files, warnings = _side_files(path, set(names))
-    return HfDirectory(path, config, shards, index, side_files, warnings)
+    files, warnings = side_files(path, set(names))
+    return HfDirectory(path, config, shards, index, files, warnings)
 
 
 def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | None]:
     if (path / INDEX_NAME).is_file():
         weights = read_index(path / INDEX_NAME)
         names = sorted(set(weights.values()))
-        missing = [Problem(file=name, expected="a shard that the index names", found="no such file") for name in names if not (path / name).exists()]
+        missing = [
+            Problem(file=name, expected="a shard that the index names", found="no such file")
+            for name in names
+            if not (path / name).exists()
+        ]
         if missing:
             raise refuse("missing-shard", "shards are missing: the download may be incomplete", missing)
         return names, (path / INDEX_NAME).read_bytes(), weights
     if (path / SINGLE_NAME).exists():
         return [SINGLE_NAME], None, None
-    problem = Problem(expected=f"{SINGLE_NAME} or {INDEX_NAME}", found=", ".join(sorted(p.name for p in path.iterdir())[:8]))
+    problem = Problem(
+        expected=f"{SINGLE_NAME} or {INDEX_NAME}", found=", ".join(sorted(p.name for p in path.iterdir())[:8])
+    )
     raise refuse("no-weights", f"{path} holds no safetensors weights", [problem])
 
 
@@ -67,18 +86,29 @@ def _check_names(shards: tuple[Shard, ...], weights: dict[str, str] | None) -> N
     for shard in shards:
         for spec in shard.tensors:
             if spec.name in seen:
-                problems.append(Problem(file=shard.name, tensor=spec.name, message="stored twice", found=f"also in {seen[spec.name]}"))
+                problems.append(
+                    Problem(
+                        file=shard.name, tensor=spec.name, message="stored twice", found=f"also in {seen[spec.name]}"
+                    )
+                )
             seen[spec.name] = shard.name
     for name, file in (weights or {}).items():
         if seen.get(name) != file:
-            problems.append(Problem(file=INDEX_NAME, tensor=name, expected=f"in {file}", found=f"in {seen.get(name, 'no shard')}"))
+            problems.append(
+                Problem(file=INDEX_NAME, tensor=name, expected=f"in {file}", found=f"in {seen.get(name, 'no shard')}")
+            )
     if weights is not None:
-        problems += [Problem(file=file, tensor=name, message="not named by the index") for name, file in seen.items() if name not in weights]
+        problems += [
+            Problem(file=file, tensor=name, message="not named by the index")
+            for name, file in seen.items()
+            if name not in weights
+        ]
     if problems:
         raise refuse("index", "index and shards disagree", problems)
 
 
-def _side_files(path: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def side_files(path: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the files that travel with the weights, and warnings about those that do not."""
     kept, warnings, total = [], [], 0
     for file in _walk(path, path):
         name = str(file.relative_to(path))

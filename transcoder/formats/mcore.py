@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from transcoder.errors import refuse
 from transcoder.formats.archive import archive, tensor_record
+
+from transcoder.errors import refuse
 from transcoder.formats.pickles import Global, Pairs, Record, dumps
 from transcoder.planner import Model
 from transcoder.spec import DTYPES
@@ -48,7 +49,9 @@ def extra_state_keys(model: Model) -> Iterator[str]:
                 yield f"{module.format(l=layer)}._extra_state/shard_0_1"
 
 
-def common_pt(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int, iteration: int, dialect: str) -> bytes:
+def common_pt(
+    fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int, iteration: int, dialect: str
+) -> bytes:
     """The bytes of common.pt: `args` as an argparse.Namespace of plain values, and what loaders ask for."""
     content = {**CONTENT, **({"non_homogeneous_layers": True} if dialect == "per-layer" else {})}
     args = Record(Global("argparse", "Namespace"), (), _pairs(arguments(fields, dtype, padded_vocab, tp, pp)))
@@ -63,7 +66,14 @@ def _pairs(values: Mapping[str, object]) -> Pairs:
 def arguments(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int) -> dict[str, object]:
     """Megatron-LM's arguments of a dense model."""
     kept = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
-    kept += ("seq_length", "position_embedding_type", "add_bias_linear", "add_qkv_bias", "normalization", "qk_layernorm")
+    kept += (
+        "seq_length",
+        "position_embedding_type",
+        "add_bias_linear",
+        "add_qkv_bias",
+        "normalization",
+        "qk_layernorm",
+    )
     return {name: fields[name] for name in kept} | {
         "group_query_attention": True,
         "max_position_embeddings": fields["seq_length"],

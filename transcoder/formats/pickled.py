@@ -1,7 +1,8 @@
 """What pickles contain, as inert data, and the emitter of pickles; `pickles` has the reader.
 
-`dumps` writes at protocol 2 the very bytes of CPython's C pickler (Modules/_pickle.c: a memo slot for each value,
-batches of 1000); at protocol 4 only names and strings get a slot, since nothing else is fetched again.
+`dumps` writes at protocol 2 the bytes of CPython's C pickler (Modules/_pickle.c: a memo slot for each value, batches
+of 1000; only a dict of 1000, 2000, … items lacks CPython's empty last batch); at protocol 4 only names and strings
+get a slot, since nothing else is fetched again.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class _Machine:
             raise refuse("pickle", "a name is not a string")
         if self.names is not None and (module, name) not in self.names:
             raise refuse("pickle", f"the name {brief(f'{module}.{name}')} is not allowed")
-        return Global(module, name)
+        return SIZE if (module, name) == (SIZE.module, SIZE.name) else Global(module, name)
 
 
 def _rare(m: _Machine) -> None:
@@ -115,7 +115,8 @@ def _opcode(code: str) -> Callable[[Handler], Handler]:
 
 def _push(code: str, make: Callable[[_Machine], object]) -> None:
     def handler(m: _Machine) -> None:
-        m.stack.append(make(m))
+        value = make(m)  # may replace m.stack
+        m.stack.append(value)
 
     HANDLERS[ord(code)] = handler
 
@@ -131,12 +132,13 @@ _push("J", lambda m: int.from_bytes(m.take(4), "little", signed=True))
 _push("\x8a", lambda m: int.from_bytes(m.take(m.size(1), INT_LIMIT), "little", signed=True))
 _push("G", lambda m: struct.unpack(">d", m.take(8))[0])
 _push("X", lambda m: m.take(m.size(4)).decode("utf-8", "surrogatepass"))
-_push("\x8c", lambda m: m.take(m.size(1)).decode("utf-8", "surrogatepass"))
 _push("C", lambda m: m.take(m.size(1)))
 _push("B", lambda m: m.take(m.size(4)))
 _push("c", lambda m: m.name(m.line(), m.line()))
 _push("j", lambda m: m.memo[m.size(4)])
 _push("t", lambda m: tuple(m.since_mark()))
+HANDLERS[ord("q")] = lambda m: m.put(m.size(1))
+HANDLERS[ord("r")] = lambda m: m.put(m.size(4))
 _push("Q", lambda m: Persistent(m.stack.pop()))
 
 
@@ -146,20 +148,18 @@ def _byte(m: _Machine) -> None:
     m.pos += 1
 
 
+@_opcode("\x8c")
+def _short_text(m: _Machine) -> None:
+    m.pos, start = (end := m.pos + 1 + m.data[m.pos]), m.pos + 1
+    if end > len(m.data):
+        raise refuse("pickle", "a string is longer than the pickle")
+    m.stack.append(m.data[start:end].decode("utf-8", "surrogatepass"))
+
+
 @_opcode("h")
 def _get(m: _Machine) -> None:
     m.stack.append(m.memo[m.data[m.pos]])
     m.pos += 1
-
-
-@_opcode("q")
-def _put(m: _Machine) -> None:
-    m.put(m.size(1))
-
-
-@_opcode("r")
-def _long_put(m: _Machine) -> None:
-    m.put(m.size(4))
 
 
 @_opcode("\x94")
@@ -219,13 +219,14 @@ def _new(m: _Machine) -> None:
 
 @_opcode("R")
 def _reduce(m: _Machine) -> None:
-    _new(m)
-    record = m.stack[-1]
-    assert isinstance(record, Record)
-    if record.callable == SIZE:
-        m.stack[-1] = _size(record.args)
-    elif record.callable == ENCODE:
-        m.stack[-1] = _encode(record.args)
+    args = m.stack[-1]
+    target = m.stack[-2]
+    if target is SIZE and type(args) is tuple:
+        m.stack[-2:] = [_size(args)]
+    elif target == ENCODE and type(args) is tuple:
+        m.stack[-2:] = [_encode(args)]
+    else:
+        _new(m)
 
 
 def _size(args: tuple[object, ...]) -> tuple[object, ...]:
@@ -247,16 +248,6 @@ def _build(m: _Machine) -> None:
     if type(record) is not Record or record.state is not None:
         raise refuse("pickle", "a state is given to something that takes none")
     record.state = state
-
-
-@_opcode("a")
-def _append(m: _Machine) -> None:
-    _extend(m, [m.stack.pop()])
-
-
-@_opcode("e")
-def _appends(m: _Machine) -> None:
-    _extend(m, m.since_mark())
 
 
 def _extend(m: _Machine, values: list[object]) -> None:
@@ -283,12 +274,15 @@ def _setitems(m: _Machine) -> None:
 def _pairs(m: _Machine) -> Pairs:
     target = m.stack[-1]
     if type(target) is Record:
-        target.items = target = Pairs() if target.items is None else target.items
+        target.items = Pairs() if target.items is None else target.items
+        return target.items
     if type(target) is not Pairs:
         raise refuse("pickle", "an item is put into something that is not a dict")
     return target
 
 
+HANDLERS[ord("a")] = lambda m: _extend(m, [m.stack.pop()])
+HANDLERS[ord("e")] = lambda m: _extend(m, m.since_mark())
 _INNER = frozenset({tuple, list, Pairs, Record, Persistent})
 
 

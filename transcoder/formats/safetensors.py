@@ -41,7 +41,7 @@ def read_shard(path: Path, follow_links: bool = False) -> Shard:
         with open_regular(path, follow_links) as file:
             size = os.fstat(file.fileno()).st_size
             header = _header_bytes(file, size)
-        return Shard(path.name, size, header, _tensors(path.name, header, size))
+        return Shard(path.name, size, header, shard_tensors(path.name, header, size))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         problem = Problem(file=path.name, message=_explained(path, str(error)))
         raise refuse("safetensors", "a safetensors file was refused", [problem]) from error
@@ -68,7 +68,9 @@ def _inside(path: Path, real: Path) -> bool:
         return False
     repository = folder.parent.parent
     shared = repository.parent / "blobs"
-    marked = (shared / ".huggingface-shared-blobs").exists() or (repository.parent / ".huggingface-shared-blobs").exists()
+    marked = (shared / ".huggingface-shared-blobs").exists() or (
+        repository.parent / ".huggingface-shared-blobs"
+    ).exists()
     return real.is_relative_to(repository / "blobs") or (marked and real.is_relative_to(shared))
 
 
@@ -92,7 +94,8 @@ def _explained(path: Path, message: str) -> str:
     return message
 
 
-def _tensors(name: str, header: bytes, size: int) -> tuple[TensorSpec, ...]:
+def shard_tensors(name: str, header: bytes, size: int) -> tuple[TensorSpec, ...]:
+    """The tensors of a header, by offset. Raises ValueError unless they tile the payload exactly."""
     if header[8:9] != b"{":
         raise ValueError("the header does not start with '{'")
     table = parse_json(header[8:])
@@ -102,7 +105,9 @@ def _tensors(name: str, header: bytes, size: int) -> tuple[TensorSpec, ...]:
     end = len(header)
     for spec in specs:
         if spec.chunks[0].offset != end:
-            raise ValueError(f"{spec.name!r} starts at byte {spec.chunks[0].offset}, expected {end}: a hole or an overlap")
+            raise ValueError(
+                f"{spec.name!r} starts at byte {spec.chunks[0].offset}, expected {end}: a hole or an overlap"
+            )
         end += spec.chunks[0].nbytes
     if end != size:
         raise ValueError(f"the tensors end at byte {end}, the file has {size}: truncated or trailing bytes")
@@ -140,7 +145,11 @@ def read_index(path: Path) -> dict[str, str]:
     weights = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weights, dict) or not weights:
         raise refuse("index", "the index has no weight_map", [Problem(file=path.name)])
-    bad = [Problem(file=path.name, tensor=name, found=repr(value)) for name, value in weights.items() if not plain_name(value)]
+    bad = [
+        Problem(file=path.name, tensor=name, found=repr(value))
+        for name, value in weights.items()
+        if not plain_name(value)
+    ]
     if bad:
         raise refuse("index", "the index names files that are not plain file names", bad)
     return weights
@@ -148,7 +157,9 @@ def read_index(path: Path) -> dict[str, str]:
 
 def plain_name(value: Any) -> bool:
     """One path component, nothing that any system could read as more."""
-    return isinstance(value, str) and 0 < len(value) < 256 and value not in (".", "..") and not set(value) & set("/\\\0:")
+    return (
+        isinstance(value, str) and 0 < len(value) < 256 and value not in (".", "..") and not set(value) & set("/\\\0:")
+    )
 
 
 def emit_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

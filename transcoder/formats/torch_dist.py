@@ -15,8 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from transcoder.errors import Problem, refuse
 from transcoder.formats.archive import read_pickle, read_tensor
+
+from transcoder.errors import Problem, refuse
 from transcoder.formats.pickles import Global, Pairs, Record, loads
 from transcoder.formats.safetensors import open_regular
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
@@ -80,11 +81,19 @@ class TorchDist:
         view = views.get(item.file) or views.setdefault(item.file, map_file(self.path / item.file))
         if item.offset + item.length > len(view):
             found = f"{len(view)} bytes"
-            raise refuse("truncated", "an item lies beyond the end of its file", [Problem(file=item.file, tensor=key, expected=f"{item.offset + item.length} bytes", found=found)])
+            raise refuse(
+                "truncated",
+                "an item lies beyond the end of its file",
+                [Problem(file=item.file, tensor=key, expected=f"{item.offset + item.length} bytes", found=found)],
+            )
         stored = read_tensor(view[item.offset : item.offset + item.length], f"{item.file}: {key}")
         if (stored.dtype, stored.shape) != (dtype, box_shape(box)):
             expected, found = f"{dtype.name} {list(box_shape(box))}", f"{stored.dtype.name} {list(stored.shape)}"
-            raise refuse("item", "an item is not what .metadata says", [Problem(file=item.file, tensor=key, expected=expected, found=found)])
+            raise refuse(
+                "item",
+                "an item is not what .metadata says",
+                [Problem(file=item.file, tensor=key, expected=expected, found=found)],
+            )
         return Chunk(box, item.file, item.offset + stored.start, stored.size, stored.crc)
 
 
@@ -95,7 +104,9 @@ def map_file(path: Path) -> memoryview:
             size = path.stat().st_size
             return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)) if size else memoryview(b"")
     except (OSError, ValueError) as error:
-        raise refuse("file", "a file of the checkpoint cannot be read", [Problem(file=path.name, message=str(error))]) from error
+        raise refuse(
+            "file", "a file of the checkpoint cannot be read", [Problem(file=path.name, message=str(error))]
+        ) from error
 
 
 def open_torch_dist(path: Path) -> TorchDist:
@@ -109,7 +120,9 @@ def open_torch_dist(path: Path) -> TorchDist:
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         if hasattr(error, "problems"):
             raise
-        raise refuse("metadata", ".metadata is not checkpoint metadata", [Problem(file=".metadata", message=str(error))]) from error
+        raise refuse(
+            "metadata", ".metadata is not checkpoint metadata", [Problem(file=".metadata", message=str(error))]
+        ) from error
 
 
 def _opened(path: Path, root: object) -> TorchDist:
@@ -198,7 +211,13 @@ def _tensor(key: str, value: Record, places: _Places) -> tuple[DType, tuple[int,
 
 def _dtype(properties: object) -> DType:
     if isinstance(properties, Record):
-        first = properties.state[0] if isinstance(properties.state, tuple) else properties.args[0] if properties.args else None
+        first = (
+            properties.state[0]
+            if isinstance(properties.state, tuple)
+            else properties.args[0]
+            if properties.args
+            else None
+        )
         if properties.state and isinstance(properties.state, Pairs):
             first = dict(_pairs(properties.state)).get("dtype")
         if isinstance(first, Global) and first.module == "torch" and first.name in DTYPES:
@@ -208,12 +227,18 @@ def _dtype(properties: object) -> DType:
 
 def check_tiling(key: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
     """Refuse boxes that do not tile the shape exactly: megatron-core loads such holes without a word."""
-    inside = all(len(box) == len(shape) and all(0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True)) for box in boxes)
+    inside = all(
+        len(box) == len(shape) and all(0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True)) for box in boxes
+    )
     volume = sum(prod(box_shape(box)) for box in boxes)
     if inside and volume == prod(shape) and (_is_grid(boxes) or not _overlap(boxes)):
         return
     expected, found = f"{prod(shape)} elements, each once", f"{len(boxes)} chunks with {volume} elements"
-    raise refuse("chunks", "the chunks of a tensor do not tile it", [Problem(file=".metadata", tensor=key, expected=expected, found=found)])
+    raise refuse(
+        "chunks",
+        "the chunks of a tensor do not tile it",
+        [Problem(file=".metadata", tensor=key, expected=expected, found=found)],
+    )
 
 
 def _is_grid(boxes: list[Box]) -> bool:
@@ -241,7 +266,11 @@ def _check_ranges(places: _Places) -> None:
         ordered = sorted(ranges)
         for (start, length, key), (after, _, other) in zip(ordered, ordered[1:], strict=False):
             if start + length > after:
-                raise refuse("metadata", "two items overlap", [Problem(file=file, tensor=key or other, found=f"bytes {after} to {start + length}")])
+                raise refuse(
+                    "metadata",
+                    "two items overlap",
+                    [Problem(file=file, tensor=key or other, found=f"bytes {after} to {start + length}")],
+                )
 
 
 def plain(value: object) -> Any:

@@ -14,8 +14,8 @@ from math import prod
 from pathlib import Path
 
 from isal.isal_zlib import crc32, crc32_combine
-
 from transcoder.formats.archive import TensorItem, archive, tensor_item
+
 from transcoder.formats.pickles import Global, Pairs, Record, dumps
 from transcoder.spec import Box, Chunk, DType, TensorSpec, box_shape
 
@@ -68,7 +68,10 @@ def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Plac
         items[tensor.name, box] = file, sizes[file], item.length
         chunks[tensor.name][box] = Chunk(box, file, sizes[file] + item.payload_offset, item.payload_size)
         sizes[file] += item.length
-    catalog = {t.name: TensorSpec(t.name, t.dtype, t.shape, tuple(chunks[t.name][box] for box, _, _ in t.chunks)) for t in wanted}
+    catalog = {
+        t.name: TensorSpec(t.name, t.dtype, t.shape, tuple(chunks[t.name][box] for box, _, _ in t.chunks))
+        for t in wanted
+    }
     return Placement(catalog, items, sizes, sets, tuple(objects), blob)
 
 
@@ -138,7 +141,7 @@ class TorchDistWriter:
             os.close(self._files.popitem()[1])
 
     def _file_crcs(self) -> dict[str, int]:
-        found = {name: 0 for name in self.placement.sizes}
+        found = dict.fromkeys(self.placement.sizes, 0)
         found["__0_0.distcp"] = crc32(self.placement.blob)
         for (key, box), (file, _, _) in self.placement.items.items():  # ascending offsets within each file
             item = _container(self.placement.catalog[key].dtype, box_shape(box))
@@ -174,7 +177,9 @@ def metadata(placement: Placement) -> bytes:
     for key, spec in placement.catalog.items():
         tensors.append((key, _tensor_metadata(spec)))
         for chunk in spec.chunks:
-            storage.append((_index(key, tuple(start for start, _ in chunk.box)), _info(*placement.items[key, chunk.box])))
+            storage.append(
+                (_index(key, tuple(start for start, _ in chunk.box)), _info(*placement.items[key, chunk.box]))
+            )
     for key in placement.objects:
         tensors.append((key, Record(Global(f"{DCP}.metadata", "BytesStorageMetadata"), ())))
         storage.append((_index(key, None), _info("__0_0.distcp", 0, len(placement.blob))))
@@ -184,7 +189,10 @@ def metadata(placement: Placement) -> bytes:
 def _tensor_metadata(spec: TensorSpec) -> Record:
     properties = Record(Global(f"{DCP}.metadata", "TensorProperties"), (Global("torch", spec.dtype.name),))
     chunk_class = Global(f"{DCP}.metadata", "ChunkStorageMetadata")
-    chunks = [Record(chunk_class, (_size(start for start, _ in chunk.box), _size(box_shape(chunk.box)))) for chunk in spec.chunks]
+    chunks = [
+        Record(chunk_class, (_size(start for start, _ in chunk.box), _size(box_shape(chunk.box))))
+        for chunk in spec.chunks
+    ]
     return Record(Global(f"{DCP}.metadata", "TensorStorageMetadata"), (properties, _size(spec.shape), chunks))
 
 

@@ -1,0 +1,166 @@
+"""Runs cases with the real megatron-core: `torchrun --nproc-per-node N tests/megatron/worker.py CASES.json`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+torch.set_num_threads(1)
+
+from transcoder.runtime.model import build_model, mpu, stage_forward  # noqa: E402, I001
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
+from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
+from models import read_config  # noqa: E402
+from oracle import Oracle, parameters  # noqa: E402
+from standins import te_layers  # noqa: E402
+
+# Without psutil megatron's writer processes die on a memory log line and save() waits for ever.
+if importlib.util.find_spec("psutil") is None:
+    filesystem_async._process_memory = lambda: 0
+
+DIALECTS: dict[str, dict[str, Any]] = {
+    "stacked": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    "per-layer": {"non_homogeneous_layers": True},
+    "singleton": {"singleton_local_shards": True},
+}
+
+
+def build(case: dict[str, Any]) -> tuple[Any, Oracle]:
+    """The model of a case at its grid, and what it must hold."""
+    config = read_config(case["hf"])
+    spec = te_layers if case.get("spec", "local") == "te" else "local"
+    model = build_model(config, case["tp"], case["pp"], case.get("dtype", "float32"), spec)
+    return model, Oracle(case["hf"], config, case["tp"])
+
+
+def compare(model: Any, oracle: Oracle) -> list[str]:
+    """Every parameter of this rank that differs from the oracle in any bit."""
+    rank, wrong = mpu.get_tensor_model_parallel_rank(), []
+    for name, layer, parameter in parameters(model):
+        want = oracle.expected(name, layer, rank).to(parameter.dtype)
+        same = want.shape == parameter.shape and torch.equal(
+            want.contiguous().view(torch.uint8), parameter.detach().contiguous().view(torch.uint8)
+        )
+        if not same:
+            wrong.append(f"layer {layer} {name} {tuple(parameter.shape)} differs from {tuple(want.shape)}")
+    return wrong
+
+
+@torch.no_grad()
+def fill(model: Any, oracle: Oracle) -> None:
+    """Set this rank's parameters from the HF files."""
+    for name, layer, parameter in parameters(model):
+        parameter.copy_(oracle.expected(name, layer, mpu.get_tensor_model_parallel_rank()))
+
+
+@torch.no_grad()
+def load(model: Any, case: dict[str, Any]) -> None:
+    """Fill with NaN, then load with megatron's own loader, strictly."""
+    for parameter in model.parameters():
+        parameter.fill_(float("nan"))
+    metadata = dict(dist_checkpointing.load_content_metadata(case["ckpt"]) or {})
+    wanted = {"model": model.sharded_state_dict(metadata=metadata)}
+    strict = StrictHandling(case.get("strict", "raise_unexpected"))
+    loaded = dist_checkpointing.load(wanted, case["ckpt"], strict=strict)
+    model.load_state_dict(loaded["model"], strict=True)
+
+
+def reference_logits(directory: str, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of transformers, float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens).logits
+    return logits
+
+
+def check_logits(model: Any, case: dict[str, Any], out: dict[str, Any]) -> list[str]:
+    """Compare the logits at every position, on the first rank of the last stage."""
+    vocab = read_config(case["hf"])["vocab_size"]
+    tokens = torch.randint(vocab, (2, 17), generator=torch.Generator().manual_seed(1))
+    logits = stage_forward(model, tokens)
+    if logits is None or mpu.get_tensor_model_parallel_rank() or mpu.get_data_parallel_rank():
+        return []
+    want = reference_logits(case["hf"], tokens)
+    std, diff = float(want.std()), float((logits - want).abs().max())
+    out.update(max_abs=diff, std=std)
+    bound = (1e-5 if case["tp"] == 1 else 1e-4) * std
+    return [] if diff <= bound else [f"logits differ by {diff:.3g}, bound {bound:.3g} (std {std:.3g})"]
+
+
+def run_load(case: dict[str, Any], out: dict[str, Any]) -> list[str]:
+    """Load, compare parameters, compare logits."""
+    model, oracle = build(case)
+    load(model, case)
+    out["parameters"] = len(list(model.parameters()))
+    return compare(model, oracle) + check_logits(model, case, out)
+
+
+def run_save(case: dict[str, Any], out: dict[str, Any]) -> list[str]:
+    """Fill from the HF files and save with megatron's own writer."""
+    model, oracle = build(case)
+    fill(model, oracle)
+    metadata = DIALECTS[case.get("dialect", "stacked")]
+    state = {"checkpoint_version": 3.0, "iteration": 0, "model": model.sharded_state_dict(metadata=dict(metadata))}
+    Path(case["ckpt"]).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(state, case["ckpt"], content_metadata=metadata)
+    dist.barrier()
+    out["parameters"] = len(list(model.parameters()))
+    return []
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """One case on this rank; an exception becomes a failure."""
+    out: dict[str, Any] = {}
+    try:
+        failures = {"load": run_load, "save": run_save}[case["action"]](case, out)
+    except Exception:
+        failures = [traceback.format_exc()]
+    return {"failures": [f"rank {dist.get_rank()}: {text}" for text in failures], **out}
+
+
+def gather(result: dict[str, Any]) -> dict[str, Any]:
+    """The results of all ranks as one."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, result)
+    merged = {key: value for part in parts for key, value in part.items()}
+    failures = [text for part in parts for text in part["failures"]]
+    counts = [part.get("parameters", 0) for part in parts]
+    return merged | {"failures": failures, "parameters": counts, "ok": not failures}
+
+
+def main(path: str) -> int:
+    """Run every case; results go to PATH.out as JSON lines."""
+    logging.disable(logging.WARNING)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    good = True
+    with Path(f"{path}.out").open("w") if dist.get_rank() == 0 else Path("/dev/null").open("w") as sink:
+        for case in json.loads(Path(path).read_text()):
+            begin = time.monotonic()
+            result = gather(run_case(case))
+            good = good and result["ok"]
+            sink.write(json.dumps({"case": case, **result, "seconds": round(time.monotonic() - begin, 2)}) + "\n")
+            sink.flush()
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,18 @@
+"""Streams weights between Hugging Face safetensors and Megatron-Core distributed checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transcoder.errors import DifferenceError, InputError, OutputError, TranscoderError, UsageError
+
+__version__ = "0.1.0"
+__all__ = ["DifferenceError", "InputError", "OutputError", "TranscoderError", "UsageError", "hf2mcore", "mcore2hf", "stream_hf", "verify"]  # noqa: E501
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'transcoder' has no attribute {name!r}")
+    from transcoder import api
+
+    return getattr(api, name)

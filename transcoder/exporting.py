@@ -1,0 +1,206 @@
+"""mcore2hf: the same rules read from right to left, into safetensors files whose every byte has its place first."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from transcoder import manifest
+from transcoder.errors import Problem, refuse
+from transcoder.formats.huggingface import open_hf
+from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
+from transcoder.formats.torch_dist import map_file
+from transcoder.importing import Progress, fillers
+from transcoder.megatron import Megatron
+from transcoder.paths import write_file
+from transcoder.spec import DTYPES, DType, TensorSpec
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Every output file with its size, before a payload byte is read."""
+
+    source: Megatron
+    shards: tuple[Shard, ...]
+    index: bytes | None
+    side_files: tuple[str, ...]
+    dtype: DType
+    digests: dict[str, str]
+
+
+def plan_export(
+    source: Megatron, hf_model: Path | None = None, *, dtype: str = "", max_shard: int = 5_000_000_000
+) -> ExportPlan:
+    """Where every exported tensor goes: the original shards if they are known, else shards of at most `max_shard` bytes."""
+    target = DTYPES[dtype] if dtype else source.dtype
+    headers, index = _known_headers(source, hf_model)
+    shards = _restored(source, headers, target)
+    if shards is None:
+        shards, index = _fresh(source, target, max_shard)
+    side_files = tuple(sorted(_files_below(source.reference)))
+    rows = (source.manifest or {}).get("tensors", [])
+    return ExportPlan(source, shards, index, side_files, target, {row["name"]: row["tree"] for row in rows})
+
+
+def _known_headers(source: Megatron, hf_model: Path | None) -> tuple[dict[str, tuple[bytes, int]], bytes | None]:
+    """Header bytes and file size of the original shards, and the index file."""
+    if hf_model is not None and any(hf_model.glob("*.safetensors")):
+        directory = open_hf(hf_model)
+        return {shard.name: (shard.header, shard.size) for shard in directory.shards}, directory.index
+    if source.manifest is None:
+        return {}, None
+    restore = source.manifest["restore"]
+    sizes = {row["name"]: row["size"] for row in source.manifest["source"]["files"]}
+    headers = {name: (manifest.unpack(text), sizes[name]) for name, text in restore["headers"].items()}
+    return headers, manifest.unpack(restore["index"]) if restore["index"] else None
+
+
+def _restored(source: Megatron, headers: dict[str, tuple[bytes, int]], dtype: DType) -> tuple[Shard, ...] | None:
+    """The original shards, if they hold exactly this model's tensors in this dtype."""
+    shards = []
+    for name, (header, size) in headers.items():
+        if not plain_name(name):
+            raise refuse("manifest", "a shard's name is not a plain file name", [Problem(file=name)])
+        shards.append(Shard(name, size, header, shard_tensors(name, header, size)))
+    found = {spec.name: spec for shard in shards for spec in shard.tensors}
+    wanted = source.model.hf
+    fits = found.keys() == wanted.keys() and all(
+        spec.shape == wanted[name].shape and spec.dtype == dtype for name, spec in found.items()
+    )
+    return tuple(shards) if fits else None
+
+
+def _fresh(source: Megatron, dtype: DType, max_shard: int) -> tuple[tuple[Shard, ...], bytes | None]:
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in source.model.hf.items():
+        nbytes = prod(tensor.shape) * dtype.size
+        if groups[-1] and size + nbytes > max_shard:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    names = (
+        [SINGLE_NAME]
+        if len(groups) == 1
+        else [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    )
+    shards = tuple(_shard(source, name, group, dtype) for name, group in zip(names, groups, strict=True))
+    return shards, _index(shards) if len(shards) > 1 else None
+
+
+def _shard(source: Megatron, file: str, names: list[str], dtype: DType) -> Shard:
+    tensors = [(name, dtype, source.model.hf[name].shape) for name in names]
+    header = emit_header(tensors, {"format": "pt"})
+    size = len(header) + sum(prod(shape) * dtype.size for _, _, shape in tensors)
+    return Shard(file, size, header, shard_tensors(file, header, size))
+
+
+def _index(shards: tuple[Shard, ...]) -> bytes:
+    weights = {spec.name: shard.name for shard in shards for spec in shard.tensors}
+    total = sum(spec.nbytes for shard in shards for spec in shard.tensors)
+    return (
+        json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}, indent=2) + "\n"
+    ).encode()
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Side files of the reference directory: every plain file that is neither weights nor an index."""
+    from transcoder.formats.huggingface import side_files
+
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    return list(side_files(folder, shards)[0])
+
+
+def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, progress: Progress) -> list[str]:
+    """Write the whole directory into the folder `work`. Returns warnings. Raises InputError on damage."""
+    for name in plan.side_files:
+        write_file(work / name, (plan.source.reference / name).read_bytes(), sync)
+    warnings = stream_export(plan, work, workers, sync, progress)
+    if plan.index is not None:
+        write_file(work / INDEX_NAME, plan.index, sync)
+    return warnings
+
+
+def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, progress: Progress) -> list[str]:
+    """Move every payload byte into the shards; check checksums, digests and filler on the way."""
+    from transcoder.engine import CheckedChunks, TreeDigest, bands, converted, gather, run_groups
+    from transcoder.formats.torch_dist_writer import write_all
+
+    source, views = plan.source, dict[str, memoryview]()
+    for spec in source.store.catalog.values():
+        for chunk in spec.chunks:
+            if chunk.file not in views:
+                views[chunk.file] = map_file(source.path / chunk.file)
+    chunks = CheckedChunks(views.__getitem__)
+
+    def move(spec: TensorSpec, file: int) -> None:
+        tensor, place, tree = source.model.hf[spec.name], spec.chunks[0], TreeDigest()
+        for start, stop in bands(tensor.shape, source.dtype):
+            band = gather(source.atlas, tensor, start, stop, source.dtype, chunks.fetch)
+            tree.add(band)
+            data = memoryview(converted(band, source.dtype, plan.dtype)).cast("B")
+            write_all(file, data, place.offset + start * plan.dtype.size)
+            progress(len(data))
+        if plan.digests.get(spec.name, tree.text()) != tree.text():
+            problem = Problem(
+                tensor=spec.name,
+                expected=plan.digests[spec.name],
+                found=tree.text(),
+                hint="the checkpoint was changed after it was written",
+            )
+            raise refuse("digest", "a tensor does not have the digest of the manifest", [problem])
+
+    files = {shard.name: _create(work / shard.name, shard) for shard in plan.shards}
+    try:
+        groups: list[list[Callable[[], None]]] = [
+            [lambda spec=spec, file=files[shard.name]: move(spec, file) for spec in shard.tensors]  # type: ignore[misc]
+            for shard in plan.shards
+        ]
+        run_groups(groups, workers)
+        warnings = check_filler(source, chunks.fetch)
+        for file in files.values():
+            if sync:
+                os.fdatasync(file)
+    finally:
+        for file in files.values():
+            os.close(file)
+    return warnings
+
+
+def _create(path: Path, shard: Shard) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    os.posix_fallocate(file, 0, shard.size)
+    os.pwrite(file, shard.header, 0)
+    return file
+
+
+def check_filler(source: Megatron, fetch: Callable[..., memoryview]) -> list[str]:
+    """Warn of padding rows that are not zero; refuse a bias that Hugging Face cannot hold and that is not zero."""
+    from transcoder.engine import filler_values
+
+    padded: set[str] = set()
+    problems = []
+    for family, index in fillers(source.model):
+        for key, axis in filler_values(source.atlas, family, index, source.dtype, fetch):
+            if axis.startswith("zero"):
+                problems.append(
+                    Problem(
+                        tensor=key, expected="zeros: the Hugging Face model has no such tensor", found="other values"
+                    )
+                )
+            else:
+                padded.add(key)
+    if problems:
+        raise refuse("filler", "the Megatron model holds values that the Hugging Face model cannot", problems)
+    return [f"{key}: padding rows are not zero and are dropped" for key in sorted(padded)]
+
+
+def summary(plan: ExportPlan) -> dict[str, Any]:
+    """Counts for the report."""
+    return {"tensors": len(plan.source.model.hf), "files": len(plan.shards)}

@@ -1,0 +1,99 @@
+"""Everything beside the payloads of an import: common.pt, side files, manifest, `.metadata`, trackers; in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transcoder import manifest
+from transcoder.formats.huggingface import HfDirectory
+from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
+from transcoder.formats.torch_dist_writer import metadata
+from transcoder.importing import ImportPlan, is_tokenizer_file
+from transcoder.paths import write_file
+
+TOOL_VERSION = "0.1.0"
+TEXT_TRACKER, STATE_TRACKER = "latest_checkpointed_iteration.txt", "latest_train_state.pt"
+
+
+def write_side_files(
+    plan: ImportPlan, work: Path, digests: Mapping[str, str], crcs: Mapping[str, int], sync: bool
+) -> dict[str, Any]:
+    """Write every small file of the checkpoint; `metadata.json` is the last of the iteration. Returns the manifest."""
+    folder, fields = work / plan.folder, plan.model.fields()
+    common = common_pt(
+        fields, plan.dtype.name, plan.padded_vocab, plan.mesh.tp, plan.mesh.pp, plan.step, plan.model.dialect
+    )
+    files = {
+        "common.pt": common,
+        "run_config.yaml": run_config(fields, plan.dtype.name).encode(),
+        "train_state.pt": train_state(plan.step),
+    }
+    for name in plan.source.side_files:
+        data = (plan.source.path / name).read_bytes()
+        files[f"hf/{name}"] = data
+        if is_tokenizer_file(name):
+            files[f"tokenizer/{name}"] = data
+    last = {".metadata": metadata(plan.placement), "metadata.json": METADATA_JSON}
+    trackers = _trackers(plan)
+    rows = [
+        {"name": name, "size": len(data), "digest": manifest.file_digest(data)}
+        for name, data in {**files, **last}.items()
+    ]
+    rows += [
+        {"name": name, "size": plan.placement.sizes[name], "digest": f"crc32:{crc:08x}"} for name, crc in crcs.items()
+    ]
+    rows += [
+        {"name": f"../{name}", "size": len(data), "digest": manifest.file_digest(data)}
+        for name, data in trackers.items()
+    ]
+    table = _table(plan, digests, sorted(rows, key=lambda row: str(row["name"])))
+    for name, data in {**files, manifest.NAME: manifest.emit(table), **last}.items():
+        write_file(folder / name, data, sync)
+    for name, data in trackers.items():
+        write_file(work / name, data, sync)
+    if plan.iteration == "both":
+        (work / "release").symlink_to(plan.folder)
+    return table
+
+
+def _trackers(plan: ImportPlan) -> dict[str, bytes]:
+    if plan.iteration == "release":
+        return {TEXT_TRACKER: b"release"}
+    text = "release" if plan.iteration == "both" else str(plan.step)
+    return {TEXT_TRACKER: text.encode(), STATE_TRACKER: train_state(plan.step)}
+
+
+def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, Any]]) -> dict[str, Any]:
+    tensors = [
+        {
+            "name": name,
+            "dtype": plan.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "tree": digests[name],
+            "exact": plan.stored == plan.dtype,
+        }
+        for name, tensor in plan.model.hf.items()
+    ]
+    return {
+        "format": "transcode-manifest",
+        "version": 1,
+        "tool": TOOL_VERSION,
+        "direction": "hf2mcore",
+        "recipe": plan.model.recipe.name,
+        "layout": plan.model.dialect,
+        "source": {
+            "kind": "safetensors",
+            "files": [{"name": shard.name, "size": shard.size} for shard in plan.source.shards],
+        },
+        "tensors": tensors,
+        "files": files,
+        "restore": restore_table(plan.source) | {"vocab_size": plan.model.sizes["vocab"], "dtype": plan.stored.name},
+    }
+
+
+def restore_table(source: HfDirectory) -> dict[str, Any]:
+    """Header bytes of every shard and the index file, packed."""
+    headers = {shard.name: manifest.pack(shard.header) for shard in source.shards}
+    return {"headers": headers, "index": manifest.pack(source.index) if source.index is not None else ""}

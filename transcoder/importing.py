@@ -1,0 +1,211 @@
+"""hf2mcore: plan from headers, prove, then stream into a Megatron checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import product as combinations
+from pathlib import Path
+from typing import Any
+
+from transcoder.errors import Problem, UsageError, refuse
+from transcoder.formats.huggingface import HfDirectory, open_hf
+from transcoder.formats.mcore import extra_state_keys
+from transcoder.formats.torch_dist import map_file
+from transcoder.formats.torch_dist_writer import Placement, TorchDistWriter, Wanted, place
+from transcoder.hfconfig import architecture_of, normalise
+from transcoder.layout import LayoutError
+from transcoder.mesh import Mesh
+from transcoder.planner import (
+    Atlas,
+    HfTensor,
+    McoreTensor,
+    Model,
+    axis_sizes,
+    build_model,
+    check_coverage,
+    check_hf,
+    ignored_names,
+)
+from transcoder.recipes import recipe_for
+from transcoder.spec import DTYPES, DType
+
+TOKENIZER_FILES = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """Everything decided before a payload byte is read."""
+
+    source: HfDirectory
+    model: Model
+    mesh: Mesh
+    stored: DType  # of the files
+    dtype: DType  # of the checkpoint
+    padded_vocab: int
+    placement: Placement
+    atlas: Atlas
+    iteration: int | str
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def folder(self) -> str:
+        """The iteration directory's name."""
+        return "release" if self.iteration == "release" else f"iter_{self.step:07d}"
+
+    @property
+    def step(self) -> int:
+        """The iteration as a number."""
+        return self.iteration if isinstance(self.iteration, int) else 0
+
+
+def plan_import(
+    src: Path,
+    mesh: Mesh,
+    *,
+    layout: str = "",
+    dtype: str = "",
+    divisor: int = 128,
+    iteration: int | str = "both",
+    follow_links: bool = False,
+) -> ImportPlan:
+    """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
+    source = open_hf(src, follow_links)
+    catalog = source.catalog
+    values = normalise(source.config)
+    recipe = recipe_for(architecture_of(source.config))
+    sizes = axis_sizes(recipe, values, len(catalog))
+    mesh.check({"attention heads": sizes["g"] * sizes["q"], "ffn size": sizes["f"], "layers": sizes["l"]})
+    unit = divisor * mesh.tp
+    sizes["pad"] = -sizes["vocab"] % unit
+    model = build_model(recipe, values, sizes, layout or "stacked")
+    stored, warnings = _stored_dtype(source, values)
+    ignored = ignored_names(model, catalog)
+    check_hf(model, catalog, stored, ignored)
+    target = DTYPES[dtype] if dtype else stored
+    wanted = [_wanted(tensor, mesh, target) for tensor in model.mcore.values()]
+    placement = place(wanted, list(extra_state_keys(model)), mesh.world)
+    atlas = Atlas(placement.catalog)
+    check_coverage(model, atlas)
+    notes = (
+        *source.warnings,
+        *warnings,
+        *(f"weights only: {reason}" for reason in model.weights_only()),
+        *(f"{name} is ignored by the recipe" for name in sorted(ignored)),
+    )
+    return ImportPlan(
+        source, model, mesh, stored, target, sizes["vocab"] + sizes["pad"], placement, atlas, iteration, notes
+    )
+
+
+def _stored_dtype(source: HfDirectory, values: dict[str, Any]) -> tuple[DType, list[str]]:
+    found: dict[str, int] = {}
+    for spec in source.catalog.values():
+        found[spec.dtype.name] = found.get(spec.dtype.name, 0) + spec.nbytes
+    declared = values.get("dtype")
+    name = declared if declared in found else max(found, key=lambda key: found[key], default="")
+    if name not in ("bfloat16", "float16", "float32"):
+        problem = Problem(
+            file=source.shards[0].name, expected="bfloat16, float16 or float32", found=name or "no tensors"
+        )
+        raise refuse("dtype", "weights of this type cannot be converted", [problem])
+    disagrees = declared is not None and declared != name
+    return DTYPES[name], [f"config.json says {declared}, the files hold {name}"] if disagrees else []
+
+
+def _wanted(tensor: McoreTensor, mesh: Mesh, dtype: DType) -> Wanted:
+    family, layout = tensor.family, tensor.family.mcore[tensor.part].layout
+    layers = family.sizes["l"]
+    try:
+        cuts = layout.cuts(family.sizes, mesh.sizes)
+    except LayoutError as error:
+        raise UsageError(f"--tp {mesh.tp}: {tensor.name}: {error}", kind="mesh") from error
+    fixed = _layer_in_name(tensor) if "l" in family.mcore[tensor.part].name_axes else None
+    chunks = []
+    for parts in combinations(*cuts):
+        at = {name: i for part in parts for name, i in part.at}
+        layer = fixed if fixed is not None else at.get("each") if "l" in family.index else None
+        stage = mesh.stage(layer, layers) if layer is not None else (mesh.pp - 1) * (family.rule.stage == "last")
+        order = layer if layer is not None else layers * (family.rule.stage == "last") - (family.rule.stage == "first")
+        chunks.append((tuple((part.start, part.stop) for part in parts), mesh.rank(stage, at), order))
+    return Wanted(tensor.name, dtype, tensor.shape, tuple(chunks))
+
+
+def _layer_in_name(tensor: McoreTensor) -> int:
+    pattern = tensor.family.mcore[tensor.part].name
+    return int(tensor.name[len(pattern.split("{l}", maxsplit=1)[0]) :].split(".", 1)[0])
+
+
+def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, progress: Progress) -> dict[str, Any]:
+    """Write the whole checkpoint into the folder `work`. Returns the manifest's table."""
+    folder = work / plan.folder
+    folder.mkdir()
+    writer = TorchDistWriter(folder, plan.placement)
+    try:
+        writer.prepare()
+        digests = stream_import(plan, writer, workers, progress)
+        crcs = writer.finish(sync)
+    finally:
+        writer.close()
+    from transcoder.importfiles import write_side_files
+
+    return write_side_files(plan, work, digests, crcs, sync)
+
+
+def stream_import(plan: ImportPlan, writer: TorchDistWriter, workers: int, progress: Progress) -> dict[str, str]:
+    """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
+    from transcoder.engine import TreeDigest, bands, converted, elements, fill, run_groups, scatter
+
+    views = {shard.name: map_file(plan.source.path / shard.name) for shard in plan.source.shards}
+    catalog, digests = plan.source.catalog, dict[str, str]()
+
+    def move(tensor: HfTensor) -> None:
+        chunk, tree = catalog[tensor.name].chunks[0], TreeDigest()
+        for start, stop in bands(tensor.shape, plan.stored):
+            size = plan.stored.size
+            data = views[chunk.file][chunk.offset + start * size : chunk.offset + stop * size]
+            band = converted(elements(data, plan.stored), plan.stored, plan.dtype)
+            tree.add(band)
+            scatter(plan.atlas, tensor, start, band, writer.write)
+            progress(len(data))
+        digests[tensor.name] = tree.text()
+
+    groups: list[list[Callable[[], None]]] = [[], []]
+    order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
+    for tensor in sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name]):
+        groups[plan.placement.sets[mcore_key(tensor)]].append(lambda tensor=tensor: move(tensor))  # type: ignore[misc]
+    for family, index in fillers(plan.model):
+        key = family.mcore[family.fillers[0][0]].named(index)
+        groups[plan.placement.sets[key]].append(
+            lambda family=family, index=index: fill(plan.atlas, family, index, plan.dtype, writer.write)
+        )  # type: ignore[misc]
+    run_groups(groups, workers)
+    return digests
+
+
+def mcore_key(tensor: HfTensor) -> str:
+    """The stored key that (the first part of) a Hugging Face tensor goes to."""
+    return tensor.family.mcore[tensor.family.pairs[tensor.part][0][0]].named(tensor.index)
+
+
+def fillers(model: Model) -> Iterator[tuple[Any, dict[str, int]]]:
+    """Every family instance that has filler."""
+    for family in model.families:
+        if family.fillers:
+            for index in family.instances():
+                yield family, index
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a side file belongs to the tokenizer (top level only)."""
+    return "/" not in name and name.startswith(TOKENIZER_FILES)

@@ -1,0 +1,80 @@
+"""transcode-manifest.json: what lets an export give back the original files, and a check find any damage."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from transcoder.errors import Problem, refuse
+from transcoder.hfconfig import read_json
+
+NAME = "transcode-manifest.json"
+LIMIT = 1 << 30  # bytes
+HEADER_LIMIT = 256 << 20
+
+
+def emit(table: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes, its own digest included: sorted keys, one tensor or file per line, no times."""
+    text = _text({**table, "self": ""})
+    return _text({**table, "self": _digest(text)}).encode()
+
+
+def _text(table: Mapping[str, Any]) -> str:
+    lines = []
+    for key in sorted(table):
+        value = table[key]
+        if isinstance(value, list):
+            rows = ",\n".join(f"  {_compact(row)}" for row in value)
+            lines.append(f"{json.dumps(key)}: [\n{rows}\n]")
+        else:
+            lines.append(f"{json.dumps(key)}: {_compact(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _digest(text: str) -> str:
+    return f"xxh3-128:{xxhash.xxh3_128(text.encode()).hexdigest()}"
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an iteration folder, or None. Raises InputError when it is damaged or of an unknown version."""
+    path = folder / NAME
+    if not path.exists():
+        return None
+    table = read_json(path, LIMIT)
+    if not isinstance(table, dict) or table.get("format") != "transcode-manifest" or table.get("version") != 1:
+        raise refuse("manifest", "the manifest is of an unknown version", [Problem(file=NAME)])
+    if path.read_bytes() != emit({key: value for key, value in table.items() if key != "self"}):
+        raise refuse("manifest", "the manifest does not have its own digest: it is damaged", [Problem(file=NAME)])
+    return table
+
+
+def pack(data: bytes) -> str:
+    """Bytes as text for the manifest."""
+    return base64.b64encode(zlib.compress(data, 6)).decode()
+
+
+def unpack(text: str) -> bytes:
+    """The bytes that `pack` took, at most 256 MiB. Raises InputError."""
+    try:
+        unpacker = zlib.decompressobj()
+        data = unpacker.decompress(base64.b64decode(text, validate=True), HEADER_LIMIT)
+    except (ValueError, zlib.error) as error:
+        raise refuse("manifest", "a packed field of the manifest is damaged", [Problem(file=NAME)]) from error
+    if not unpacker.eof:
+        raise refuse("manifest", "a packed field of the manifest is too large", [Problem(file=NAME)])
+    return data
+
+
+def file_digest(data: bytes | memoryview) -> str:
+    """The digest of a small file."""
+    return f"xxh3-128:{xxhash.xxh3_128(data).hexdigest()}"

@@ -1,0 +1,154 @@
+"""Find and open a Megatron checkpoint: which iteration, which config, which dialect; and bind it to a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transcoder import manifest
+from transcoder.errors import Problem, refuse
+from transcoder.formats.mcore import dialect_of
+from transcoder.formats.torch_dist import TorchDist, open_torch_dist, read_common
+from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
+from transcoder.planner import Atlas, Model, axis_sizes, build_model, check_coverage, check_mcore
+from transcoder.recipes import recipe_for
+from transcoder.spec import DType
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Megatron:
+    """An opened iteration bound to a recipe: every element proved to be there exactly once."""
+
+    path: Path
+    store: TorchDist
+    model: Model
+    atlas: Atlas
+    dtype: DType
+    reference: Path  # directory of config.json, tokenizer and the other side files
+    manifest: dict[str, Any] | None
+
+
+def find_iteration(path: Path) -> Path:
+    """The iteration directory for what the user named. Raises InputError listing what exists."""
+    if not path.is_dir():
+        raise refuse("not-found", f"{path}: no such directory; give a Megatron checkpoint")
+    if (path / ".metadata").is_file():
+        return path
+    if (path / "metadata.json").is_file():
+        raise refuse(
+            "unfinished", f"{path} has metadata.json but no .metadata: it is not a complete torch_dist checkpoint"
+        )
+    existing = sorted(entry.name for entry in path.iterdir() if (entry / ".metadata").is_file())
+    if (path / "dist_ckpt" / ".metadata").is_file():
+        return path / "dist_ckpt"
+    if (path / TRACKER).is_file():
+        name = _tracked(path)
+        if name in existing:
+            return path / name
+        raise refuse(
+            "tracker", f"the tracker names {name}", [Problem(file=TRACKER, expected=f"one of {existing}", found=name)]
+        )
+    if len(existing) == 1:
+        return path / existing[0]
+    raise refuse(
+        "no-checkpoint",
+        f"{path} is not a Megatron checkpoint",
+        [Problem(expected="one iteration with .metadata", found=str(existing))],
+    )
+
+
+def _tracked(path: Path) -> str:
+    with (path / TRACKER).open("rb") as file:
+        text = file.read(64).strip()
+    if text == b"release":
+        return "release"
+    if not text.isdigit():
+        raise refuse(
+            "tracker",
+            "the tracker is not a number",
+            [Problem(file=TRACKER, expected="a number or release", found=repr(text))],
+        )
+    name = f"iter_{int(text):07d}"
+    _check_state_tracker(path, int(text))
+    return name
+
+
+def _check_state_tracker(path: Path, iteration: int) -> None:
+    from transcoder.formats.torch_dist import map_file
+    from transcoder.formats.trainstate import step_of
+
+    state = path / "latest_train_state.pt"
+    if state.is_file() and (step := step_of(map_file(state))) != iteration:
+        found = f"{TRACKER} names {iteration}, {state.name} names {step}"
+        raise refuse(
+            "trackers", "two trackers name different iterations; give the iteration's directory", [Problem(found=found)]
+        )
+
+
+def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "") -> Megatron:
+    """The checkpoint, its plan proved. Raises InputError for whatever does not fit."""
+    folder = find_iteration(path)
+    _check_backend(folder)
+    store = open_torch_dist(folder)
+    table = manifest.read(folder)
+    reference = _reference(folder, hf_model)
+    config = read_config(reference)
+    recipe = recipe_for(arch or architecture_of(config))
+    values = normalise(config)
+    dialect = dialect_of(store.tensors)
+    sizes = axis_sizes(recipe, values, _most_layers(store))
+    rows = store.tensors.get("embedding.word_embeddings.weight")
+    sizes["pad"] = max(0, rows[1][0] - sizes["vocab"]) if rows and rows[1] else 0
+    model = build_model(recipe, values, sizes, dialect)
+    check_mcore(model, store.catalog)
+    atlas = Atlas(store.catalog)
+    check_coverage(model, atlas)
+    return Megatron(folder, store, model, atlas, _one_dtype(store), reference, table)
+
+
+def _most_layers(store: TorchDist) -> int:
+    return max([len(store.tensors), *(shape[0] for _, shape, _ in store.tensors.values() if shape)])
+
+
+def _check_backend(folder: Path) -> None:
+    path = folder / "metadata.json"
+    backend = read_json(path, 1 << 20).get("sharded_backend") if path.is_file() else "torch_dist"
+    if backend != "torch_dist":
+        raise refuse(
+            "format",
+            f"sharded backend {backend!r} is not supported",
+            [Problem(file="metadata.json", expected="torch_dist")],
+        )
+
+
+def _reference(folder: Path, hf_model: Path | None) -> Path:
+    for candidate in (hf_model, folder / "hf", folder.parent / "huggingface", folder.parent.parent / "huggingface"):
+        if candidate is not None and (candidate / "config.json").is_file():
+            return candidate
+    raise refuse(
+        "no-config", "the checkpoint carries no Hugging Face config; give --hf-model DIR", [Problem(file=str(folder))]
+    )
+
+
+def _one_dtype(store: TorchDist) -> DType:
+    found: dict[DType, list[str]] = {}
+    for key, (dtype, _, _) in store.tensors.items():
+        found.setdefault(dtype, []).append(key)
+    if len(found) == 1:
+        return next(iter(found))
+    main = max(found, key=lambda dtype: len(found[dtype]))
+    odd = [
+        Problem(tensor=key, expected=main.name, found=dtype.name)
+        for dtype, keys in found.items()
+        if dtype != main
+        for key in keys
+    ]
+    raise refuse("dtype", "tensors have different dtypes", odd)
+
+
+def common_values(megatron: Megatron) -> dict[str, Any]:
+    """The plain values of common.pt, for display."""
+    return read_common(megatron.path)

@@ -1,0 +1,91 @@
+"""The few layers in which a megatron-core model must differ from stock to match Hugging Face."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch.nn import functional
+
+
+def visible_mask(queries: int, keys: int, left: int | None, device: Any) -> Any:
+    """True where a query may look: causal, queries at the end of the keys, `left` keys back at most."""
+    key = torch.arange(keys, device=device)
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    visible = key <= query
+    return visible if left is None else visible & (key >= query - left)
+
+
+class CoreAttention(torch.nn.Module):  # type: ignore[misc]
+    """Causal attention on torch's SDPA, with grouped keys and a sliding window."""
+
+    def __init__(self, config: Any, layer_number: int, *_args: Any, softmax_scale: Any = None, **_kwargs: Any) -> None:
+        super().__init__()
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.left: int | None = config.window_size[0] if windowed else None
+        self.scale = softmax_scale
+
+    def _mask(self, query: Any, key: Any) -> Any:
+        """The explicit mask, or None where `is_causal` or no mask says the same."""
+        queries, keys = query.shape[0], key.shape[0]
+        if self.left is None and queries in (1, keys):
+            return None
+        return visible_mask(queries, keys, self.left, query.device)
+
+    def forward(self, query: Any, key: Any, value: Any, attention_mask: Any = None, **_kwargs: Any) -> Any:
+        """[s, b, heads, d] -> [s, b, heads * d]; megatron masks (True = hidden) are taken into account."""
+        mask = self._mask(query, key)
+        if attention_mask is not None:
+            visible = visible_mask(query.shape[0], key.shape[0], self.left, query.device)
+            mask = visible & ~attention_mask
+        causal = mask is None and query.shape[0] > 1
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=True
+        )
+        return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+
+def rms_norm(hidden: Any, weight: Any, eps: float) -> Any:
+    """Normalise in float32, round to the model's type, then multiply, as Hugging Face does."""
+    wide = hidden.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(hidden.dtype)
+
+
+class HFNorm(torch.nn.Module):  # type: ignore[misc]
+    """RMSNorm that rounds where Hugging Face rounds."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+
+    def forward(self, hidden: Any) -> Any:
+        """The normalised hidden states."""
+        return rms_norm(hidden, self.weight, self.eps)
+
+
+class HFColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """Column-parallel linear layer that rounds once, after the bias."""
+
+    def _forward_impl(self, input: Any, weight: Any, *_args: Any, bias: Any = None, **_kwargs: Any) -> Any:
+        """x W' + b in one step."""
+        return functional.linear(input, weight, bias)
+
+
+class StaticRotary(RotaryEmbedding):  # type: ignore[misc]
+    """Rotary angles from given float32 frequencies, on the device of those."""
+
+    def __init__(self, inv_freq: Any) -> None:
+        super().__init__(2 * inv_freq.numel(), 1.0, use_cpu_initialization=True)
+        self.inv_freq = inv_freq.float()
+
+    def forward(self, max_seq_len: int, offset: int = 0, *_args: Any, **_kwargs: Any) -> Any:
+        """Angles [positions, 1, 1, head size]."""
+        positions = torch.arange(offset, offset + max_seq_len, dtype=torch.float32, device=self.inv_freq.device)
+        angles = torch.outer(positions, self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

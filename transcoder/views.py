@@ -1,0 +1,106 @@
+"""Any checkpoint as Hugging Face tensors, read band by band: what `verify`, `roundtrip` and `stream_hf` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transcoder.engine import Array, CheckedChunks, bands, elements, gather
+from transcoder.formats.huggingface import open_hf
+from transcoder.formats.torch_dist import map_file
+from transcoder.kernels.casts import to_float32
+from transcoder.megatron import Megatron, open_megatron
+from transcoder.spec import DType
+
+
+@dataclass(frozen=True)
+class View:
+    """Tensors by Hugging Face name, and a reader of flat element ranges (raw bits)."""
+
+    tensors: Mapping[str, tuple[DType, tuple[int, ...]]]
+    read: Callable[[str, int, int], Array]
+    finish: Callable[[], object] = lambda: None
+
+
+def open_view(path: Path, hf_model: Path | None) -> View:
+    """A view of a Hugging Face directory or a Megatron checkpoint, recognised by its marker files."""
+    if (path / "config.json").is_file() and not (path / ".metadata").is_file():
+        return hf_view(path)
+    return megatron_view(open_megatron(path, hf_model))
+
+
+def hf_view(path: Path) -> View:
+    """A Hugging Face directory, read in place."""
+    source = open_hf(path)
+    files = {shard.name: map_file(path / shard.name) for shard in source.shards}
+    catalog = source.catalog
+
+    def read(name: str, start: int, stop: int) -> Array:
+        spec = catalog[name]
+        base, size = spec.chunks[0].offset, spec.dtype.size
+        return elements(files[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
+
+    return View({name: (spec.dtype, spec.shape) for name, spec in catalog.items()}, read)
+
+
+def megatron_view(source: Megatron) -> View:
+    """A Megatron checkpoint, gathered through its plan; checksums are compared on the way."""
+    files = {name: map_file(source.path / name) for name in _files(source)}
+    chunks = CheckedChunks(files.__getitem__)
+    model = source.model
+
+    def read(name: str, start: int, stop: int) -> Array:
+        return gather(source.atlas, model.hf[name], start, stop, source.dtype, chunks.fetch)
+
+    def finish() -> object:
+        from transcoder.exporting import check_filler
+
+        return check_filler(source, chunks.fetch)
+
+    return View({name: (source.dtype, tensor.shape) for name, tensor in model.hf.items()}, read, finish)
+
+
+def _files(source: Megatron) -> set[str]:
+    return {chunk.file for spec in source.store.catalog.values() for chunk in spec.chunks}
+
+
+def compare(one: View, two: View) -> list[dict[str, Any]]:
+    """The differences of two views: tensors on one side only, other shapes or dtypes, other bits."""
+    found: list[dict[str, Any]] = []
+    for name in [*one.tensors, *(name for name in two.tensors if name not in one.tensors)]:
+        if name not in one.tensors or name not in two.tensors:
+            found.append({"tensor": name, "reason": f"only in the {'second' if name in two.tensors else 'first'}"})
+        elif one.tensors[name] != two.tensors[name]:
+            texts = [f"{dtype.name} {list(shape)}" for dtype, shape in (one.tensors[name], two.tensors[name])]
+            found.append({"tensor": name, "reason": " against ".join(texts)})
+        elif difference := _compare(one, two, name):
+            found.append(difference)
+    one.finish(), two.finish()
+    return found
+
+
+def _compare(one: View, two: View, name: str) -> dict[str, Any] | None:
+    dtype, shape = one.tensors[name]
+    count, first, largest = 0, -1, 0.0
+    for start, stop in bands(shape, dtype):
+        a, b = one.read(name, start, stop), two.read(name, start, stop)
+        places = np.flatnonzero(a != b)
+        if places.size:
+            first = first if first >= 0 else start + int(places[0])
+            count += int(places.size)
+            largest = max(largest, _distance(a[places], b[places], dtype))
+    index = [int(i) for i in np.unravel_index(first, shape)] if count and prod(shape) else []
+    return {"tensor": name, "first_index": index, "max_abs": largest, "count": count} if count else None
+
+
+def _distance(a: Array, b: Array, dtype: DType) -> float:
+    if dtype.name not in ("bfloat16", "float16", "float32"):
+        return float("nan")
+    with np.errstate(invalid="ignore"):
+        gaps = np.abs(to_float32(a, dtype.name).astype(np.float64) - to_float32(b, dtype.name))
+    return float(np.nanmax(gaps)) if np.any(~np.isnan(gaps)) else float("nan")
