@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-read -r -a transcode <<<"${TRANSCODE:-transcode}"
+read -r -a transcode <<<"${TRANSCODE:-.venv/bin/transcode}"
 source_dir=${1:-examples/tiny-llama}
 tp=${2:-2}
 pp=${3:-2}

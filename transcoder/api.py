@@ -220,3 +220,19 @@ def _difference(row: dict[str, Any]) -> str:
     if "reason" in row:
         return str(row["reason"])
     return f"{row['count']} elements differ, first at {row['first_index']}, by at most {row['max_abs']}"
+
+
+def inspect(directory: Path_) -> dict[str, Any]:
+    """What a Megatron checkpoint holds, from its metadata. Raises InputError."""
+    from transcoder.formats.mcore import dialect_of
+    from transcoder.formats.torch_dist import open_torch_dist
+    from transcoder.megatron import find_iteration
+
+    store = open_torch_dist(find_iteration(Path(directory)))
+    keys = [
+        {"key": key, "dtype": dtype.name, "shape": list(shape), "chunks": len(places)}
+        for key, (dtype, shape, places) in sorted(store.tensors.items())
+    ]
+    parameters = sum(_elements(shape) for _, shape, _ in store.tensors.values())
+    dialect = dialect_of(store.tensors)
+    return {"source": str(directory), "tensors": len(keys), "parameters": parameters, "dialect": dialect, "keys": keys}

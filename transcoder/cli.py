@@ -73,6 +73,16 @@ def verify(one: str, two: str, as_json: bool, quiet: bool) -> None:
     show("verify", lambda: api.verify(one, two), as_json, quiet)
 
 
+@cli.command()
+@click.argument("directory")
+@options(COMMON)
+def inspect(directory: str, as_json: bool, quiet: bool) -> None:
+    """Keys, dtypes, shapes and chunk counts of a Megatron checkpoint."""
+    from transcoder import api
+
+    show("inspect", lambda: api.inspect(directory), as_json, quiet)
+
+
 def show(command: str, work: Callable[[], dict[str, Any]], as_json: bool, quiet: bool) -> None:
     """Run, print the report or the error, and exit with the error's status."""
     try:
@@ -87,7 +97,14 @@ def show(command: str, work: Callable[[], dict[str, Any]], as_json: bool, quiet:
     elif not quiet:
         for text in report.get("warnings", ()):
             click.echo(f"warning: {text}", err=True)
-        click.echo(f"{command}: {report['tensors']} tensors, {report['source']} -> {report['destination']}")
+        for row in report.get("keys", ()):
+            click.echo(f"{row['dtype']:<9} {row['shape']!s:<20} {row['chunks']:>4} chunks  {row['key']}")
+        click.echo(f"{command}: {report['tensors']} tensors, {report['source']}{arrow(report)}")
+
+
+def arrow(report: dict[str, Any]) -> str:
+    """The destination as the closing line names it."""
+    return f" -> {report['destination']}" if "destination" in report else ""
 
 
 def main() -> None:
