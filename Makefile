@@ -11,11 +11,11 @@ $(VENV)/base: pyproject.toml constraints.txt
 
 $(VENV)/tests: $(VENV)/base
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,runtime]'
 	touch $@
 
 demo: $(VENV)/base
 	bash examples/demo.sh
 
 test: $(VENV)/tests
-	$(BIN)/python -m pytest tests/formats tests/test_roundtrip.py transcoder/layout.py transcoder/moves.py transcoder/engine.py transcoder/mesh.py
+	$(BIN)/python -m pytest tests/formats tests/test_roundtrip.py tests/test_megatron_loads.py transcoder/layout.py transcoder/moves.py transcoder/engine.py transcoder/mesh.py
