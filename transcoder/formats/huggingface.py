@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.errors import Problem, refuse
-from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, read_index, read_shard
+from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, read_index, read_shard, stays_inside
 from transcoder.hfconfig import read_config
 from transcoder.spec import TensorSpec
 
@@ -138,9 +138,12 @@ def _why_left_out(file: Path) -> str:
     if file.name.endswith(WEIGHT_SUFFIXES) or file.name.startswith(LEFT_OUT_PREFIXES):
         return "a weight or pickle file that the index does not name"
     try:
-        info = file.resolve(strict=True).stat()
+        real = file.resolve(strict=True)
+        info = real.stat()
     except (OSError, RuntimeError) as error:
         return str(error)
+    if file.is_symlink() and not stays_inside(file, real):
+        return "a link that leads outside the model's directory"
     if not stat.S_ISREG(info.st_mode):
         return "not a regular file"
     return "larger than 64 MB" if info.st_size > SIDE_LIMIT else ""

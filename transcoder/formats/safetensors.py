@@ -50,7 +50,7 @@ def read_shard(path: Path, follow_links: bool = False) -> Shard:
 def open_regular(path: Path, follow_links: bool) -> Any:
     """Open a regular file for reading. Raises ValueError for a link out of the model's folder, a pipe, a device."""
     real = path.resolve(strict=True)
-    if path.is_symlink() and not follow_links and not _inside(path, real):
+    if path.is_symlink() and not follow_links and not stays_inside(path, real):
         raise ValueError("a link that leads outside the model's directory; --follow-links permits it")
     file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -59,7 +59,7 @@ def open_regular(path: Path, follow_links: bool) -> Any:
     return file
 
 
-def _inside(path: Path, real: Path) -> bool:
+def stays_inside(path: Path, real: Path) -> bool:
     """Inside the folder itself, or inside the blob stores of the hub cache that the folder is a snapshot of."""
     folder = path.parent.resolve()
     if real.is_relative_to(folder):
