@@ -199,8 +199,3 @@ def check_filler(source: Megatron, fetch: Callable[..., memoryview]) -> list[str
     if problems:
         raise refuse("filler", "the Megatron model holds values that the Hugging Face model cannot", problems)
     return [f"{key}: padding rows are not zero and are dropped" for key in sorted(padded)]
-
-
-def summary(plan: ExportPlan) -> dict[str, Any]:
-    """Counts for the report."""
-    return {"tensors": len(plan.source.model.hf), "files": len(plan.shards)}

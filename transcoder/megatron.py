@@ -9,7 +9,7 @@ from typing import Any
 from transcoder import manifest
 from transcoder.errors import Problem, refuse
 from transcoder.formats.mcore import dialect_of
-from transcoder.formats.torch_dist import TorchDist, open_torch_dist, read_common
+from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
 from transcoder.planner import Atlas, Model, axis_sizes, build_model, check_coverage, check_mcore
 from transcoder.recipes import recipe_for
@@ -147,8 +147,3 @@ def _one_dtype(store: TorchDist) -> DType:
         for key in keys
     ]
     raise refuse("dtype", "tensors have different dtypes", odd)
-
-
-def common_values(megatron: Megatron) -> dict[str, Any]:
-    """The plain values of common.pt, for display."""
-    return read_common(megatron.path)
