@@ -224,7 +224,7 @@ def _difference(row: dict[str, Any]) -> str:
 
 def inspect(directory: Path_) -> dict[str, Any]:
     """What a Megatron checkpoint holds, from its metadata. Raises InputError."""
-    from transcoder.formats.mcore import dialect_of
+    from transcoder.dialects import dialect_of
     from transcoder.formats.torch_dist import open_torch_dist
     from transcoder.megatron import find_iteration
 

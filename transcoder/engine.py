@@ -18,11 +18,12 @@ from isal.isal_zlib import crc32
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from transcoder.atlas import Atlas
 from transcoder.errors import Problem, refuse
 from transcoder.formats.torch_dist_writer import PIECE, combined
 from transcoder.kernels.casts import cast
 from transcoder.moves import Run, runs
-from transcoder.planner import Atlas, Family, HfTensor
+from transcoder.planner import Family, HfTensor
 from transcoder.spec import Box, Chunk, DType
 
 BAND = 4 << 20  # bytes, a constant of the manifest's digests

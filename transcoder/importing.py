@@ -8,25 +8,17 @@ from itertools import product as combinations
 from pathlib import Path
 from typing import Any
 
+from transcoder.atlas import Atlas
+from transcoder.checks import check_coverage, check_hf, ignored_names
+from transcoder.dialects import extra_state_keys
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
-from transcoder.formats.mcore import extra_state_keys
 from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import Placement, TorchDistWriter, Wanted, place
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.layout import LayoutError
 from transcoder.mesh import Mesh
-from transcoder.planner import (
-    Atlas,
-    HfTensor,
-    McoreTensor,
-    Model,
-    axis_sizes,
-    build_model,
-    check_coverage,
-    check_hf,
-    ignored_names,
-)
+from transcoder.planner import HfTensor, McoreTensor, Model, axis_sizes, build_model
 from transcoder.recipes import recipe_for
 from transcoder.spec import DTYPES, DType
 
@@ -94,7 +86,7 @@ def plan_import(
     check_hf(model, catalog, stored, ignored)
     target = DTYPES[dtype] if dtype else stored
     wanted = [_wanted(tensor, mesh, target) for tensor in model.mcore.values()]
-    placement = place(wanted, list(extra_state_keys(model)), mesh.world)
+    placement = place(wanted, list(extra_state_keys(recipe, sizes["l"], model.dialect)), mesh.world)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
     notes = (

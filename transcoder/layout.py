@@ -34,6 +34,9 @@ class Axis:
     name: str
     mesh: str = ""
 
+    def __str__(self) -> str:
+        return self.name + (f"/{self.mesh}" if self.mesh else "")
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -42,6 +45,11 @@ class Group:
     kind: str
     items: tuple[Node, ...]
     mesh: str = ""
+
+    def __str__(self) -> str:
+        closing = ")" if self.kind == "(" else "]"
+        inside = " ".join(str(item) for item in self.items)
+        return f"{self.kind}{inside}{closing}" + (f"/{self.mesh}" if self.mesh else "")
 
 
 Node = Axis | Group

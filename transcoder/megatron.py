@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from transcoder import manifest
+from transcoder.atlas import Atlas
+from transcoder.checks import check_coverage, check_mcore
+from transcoder.dialects import dialect_of
 from transcoder.errors import Problem, refuse
-from transcoder.formats.mcore import dialect_of
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
-from transcoder.planner import Atlas, Model, axis_sizes, build_model, check_coverage, check_mcore
+from transcoder.planner import Model, axis_sizes, build_model
 from transcoder.recipes import recipe_for
 from transcoder.spec import DType
 

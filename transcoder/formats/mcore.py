@@ -1,19 +1,15 @@
-"""Megatron's side files: common.pt, metadata.json, trackers, run_config.yaml; key dialects and `_extra_state` keys.
+"""Megatron's side files: common.pt, metadata.json, trackers, run_config.yaml.
 
 Fields as measured with Megatron-LM 0.15-main and Megatron Bridge 0.3.1: many absent ones load a different model silently.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transcoder.formats.archive import archive, tensor_record
-
-from transcoder.errors import refuse
 from transcoder.formats.pickles import Global, Pairs, Record, dumps
-from transcoder.planner import Model
 from transcoder.spec import DTYPES
 
 METADATA_JSON = (
@@ -21,32 +17,6 @@ METADATA_JSON = (
     b'"common_backend": "torch", "common_backend_version": 1}'
 )
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-
-
-def dialect_of(keys: Iterable[str]) -> str:
-    """`stacked`, `per-layer` or `singleton`, by the keys. Raises InputError when they fit two or none."""
-    names = list(keys)
-    numbered = [key for key in names if re.match(r"decoder\.layers\.\d+\.", key)]
-    stacked = [key for key in names if re.match(r"decoder\.layers\.[a-z]", key)]
-    if bool(numbered) == bool(stacked):
-        found = f"{len(numbered)} keys with a layer number, {len(stacked)} without"
-        raise refuse("dialect", f"the key dialect is not recognisable: {found}")
-    if stacked:
-        return "stacked"
-    return "singleton" if any(key.endswith(("_w", "_v")) for key in numbered) else "per-layer"
-
-
-def extra_state_keys(model: Model) -> Iterator[str]:
-    """Keys of the objects that a Transformer Engine model asks for, in the model's dialect."""
-    layers = model.sizes["l"]
-    for module, _ in model.recipe.extra_state:
-        if "{l}" not in module:
-            yield f"{module}._extra_state/shard_0_1"
-        for layer in range(layers) if "{l}" in module else ():
-            if model.dialect == "stacked":
-                yield f"{module.replace('{l}.', '')}._extra_state/shard_{layer}_{layers}"
-            else:
-                yield f"{module.format(l=layer)}._extra_state/shard_0_1"
 
 
 def common_pt(

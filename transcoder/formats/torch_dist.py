@@ -15,9 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from transcoder.formats.archive import read_pickle, read_tensor
-
 from transcoder.errors import Problem, refuse
+from transcoder.formats.archive import read_pickle, read_tensor
 from transcoder.formats.pickles import Global, Pairs, Record, loads
 from transcoder.formats.safetensors import open_regular
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape

@@ -14,8 +14,8 @@ from math import prod
 from pathlib import Path
 
 from isal.isal_zlib import crc32, crc32_combine
-from transcoder.formats.archive import TensorItem, archive, tensor_item
 
+from transcoder.formats.archive import TensorItem, archive, tensor_item
 from transcoder.formats.pickles import Global, Pairs, Record, dumps
 from transcoder.spec import Box, Chunk, DType, TensorSpec, box_shape
 

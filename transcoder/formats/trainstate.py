@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from transcoder.formats.archive import read_archive, read_pickle
-
 from transcoder.errors import Problem, refuse
+from transcoder.formats.archive import read_archive, read_pickle
 from transcoder.formats.pickles import Pairs, Persistent, Record
 from transcoder.spec import BY_STORAGE
 
