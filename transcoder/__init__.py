@@ -7,7 +7,22 @@ from typing import Any
 from transcoder.errors import DifferenceError, InputError, OutputError, TranscoderError, UsageError
 
 __version__ = "0.1.0"
-__all__ = ["DifferenceError", "InputError", "OutputError", "TranscoderError", "UsageError", "hf2mcore", "mcore2hf", "stream_hf", "verify"]  # noqa: E501
+__all__ = [
+    "DifferenceError",
+    "InputError",
+    "OutputError",
+    "TranscoderError",
+    "UsageError",
+    "check",
+    "hf2mcore",
+    "inspect",
+    "mcore2hf",
+    "open_checkpoint",
+    "plan",
+    "roundtrip",
+    "stream_hf",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,30 +3,61 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import DifferenceError, Problem, UsageError
 from transcoder.mesh import Mesh
+from transcoder.progress import Listener, Tally
 
 if TYPE_CHECKING:
+    from transcoder.description import Plan
+    from transcoder.exporting import ExportPlan
     from transcoder.importing import ImportPlan
+    from transcoder.views import View
 
-Path_ = str | os.PathLike[str]
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+PathLike = str | os.PathLike[str]
+MEMORY = 64 << 20  # bytes of buffers
 SMALLEST_MEMORY = 16 << 20  # bytes: two bands and their conversions for one worker
-
-
-def _nothing(done: int, total: int) -> None:
-    """The default progress callback."""
+MAX_SHARD = 5_000_000_000  # bytes
 
 
 def hf2mcore(
-    src: Path_,
-    dst: Path_,
+    src: PathLike,
+    dst: PathLike,
+    *,
+    workers: int = 0,
+    memory: int | str = MEMORY,
+    sync: bool = True,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: Listener | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Convert a Hugging Face directory to a Megatron checkpoint. Returns the report; raises TranscoderError.
+
+    options: those of `plan_hf2mcore`. progress: called with a `Progress` after every band.
+    """
+    from transcoder.importing import run_import
+    from transcoder.paths import check_free, destination
+    from transcoder.reports import costs, import_report
+
+    started = time.monotonic()
+    hands = worker_count(workers, memory)
+    check_free(Path(dst), Path(src), overwrite)
+    plan = plan_hf2mcore(src, **options)
+    total = sum(spec.nbytes for spec in plan.source.catalog.values())
+    with destination(Path(dst), Path(src), overwrite) as work:
+        run_import(plan, work, workers=hands, sync=sync, tally=Tally(plan.model, total, progress))
+        if verify:
+            _verify_import(plan, work / plan.folder)
+    return import_report(plan, dst) | costs(started, total, sum(plan.placement.sizes.values()))
+
+
+def plan_hf2mcore(
+    src: PathLike,
     *,
     tp: int = 1,
     pp: int = 1,
@@ -36,184 +67,222 @@ def hf2mcore(
     dtype: str = "",
     make_vocab_size_divisible_by: int = 128,
     iteration: int | str = "both",
-    workers: int = 0,
-    memory: int = 64 << 20,
-    sync: bool = True,
-    overwrite: bool = False,
+    arch: str = "",
     follow_links: bool = False,
-    progress: Progress = _nothing,
-) -> dict[str, Any]:
-    """Convert a Hugging Face directory to a Megatron checkpoint. Returns the report; raises TranscoderError."""
-    from transcoder.importing import run_import
-    from transcoder.paths import destination
+) -> ImportPlan:
+    """The plan of an import, decided and proved from headers and config alone. Raises TranscoderError.
 
-    started = time.monotonic()
-    plan = plan_hf2mcore(
-        src,
+    tp, pp, ep, etp: sizes of tensor, pipeline, expert and expert-tensor parallelism. layout: `stacked` or `per-layer`.
+    iteration: `both`, `release` or a number. arch: the Hugging Face class, when the config does not name it.
+    """
+    from transcoder.importing import plan_import
+
+    return plan_import(
+        Path(src),
         Mesh(tp, pp, ep, etp),
         layout=layout,
         dtype=dtype,
         divisor=make_vocab_size_divisible_by,
         iteration=iteration,
+        arch=arch,
         follow_links=follow_links,
     )
-    total = sum(spec.nbytes for spec in plan.source.catalog.values())
-    with destination(Path(dst), Path(src), overwrite) as work:
-        run_import(plan, work, workers=worker_count(workers, memory), sync=sync, progress=_counter(progress, total))
-    return import_report(plan, str(dst)) | _costs(started, total, sum(plan.placement.sizes.values()))
 
 
-def plan_hf2mcore(src: Path_, mesh: Mesh, **options: Any) -> ImportPlan:
-    """The plan of an import, from headers and config alone."""
-    from transcoder.importing import plan_import
+def _verify_import(plan: ImportPlan, folder: Path) -> None:
+    from transcoder.megatron import open_megatron
+    from transcoder.views import cast_view, hf_view, megatron_view
 
-    return plan_import(Path(src), mesh, **options)
-
-
-def import_report(plan: ImportPlan, dst: str) -> dict[str, Any]:
-    """What a plan says about itself, as plain values."""
-    counts = [sum(_elements(tensor.shape) for tensor in plan.model.hf.values())]
-    return {
-        "source": str(plan.source.path),
-        "destination": dst,
-        "architecture": next(iter(plan.source.config.get("architectures") or [""])),
-        "tensors": len(plan.model.hf),
-        "parameters": counts[0],
-        "warnings": list(plan.warnings),
-        "weights_only": plan.model.weights_only(),
-        "iteration": plan.step,
-        "folder": plan.folder,
-        "megatron_parameters": rank_parameters(plan),
-        "parallel": {"tp": plan.mesh.tp, "pp": plan.mesh.pp, "ep": plan.mesh.ep, "etp": plan.mesh.etp},
-    }
+    source = cast_view(hf_view(plan.source.path, follow_links=True), plan.dtype)
+    _same(source, megatron_view(open_megatron(folder, plan.source.path, plan.architecture)), only=set(plan.model.hf))
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def worker_count(workers: int, memory: int | str) -> int:
+    """Workers that fit `memory` of buffers (bytes, or a text such as 64MiB). Raises UsageError when none does."""
+    from transcoder.reports import size_of
 
-
-def rank_parameters(plan: ImportPlan) -> list[dict[str, int]]:
-    """Parameters on every (tensor, pipeline) rank without vocabulary padding, as Megatron's model build counts them."""
-    found = []
-    for stage in range(plan.mesh.pp):
-        for rank in range(plan.mesh.tp):
-            count = sum(_on_rank(plan, name, stage, rank) for name in plan.model.mcore)
-            found.append({"tp": rank, "pp": stage, "parameters": count})
-    return found
-
-
-def _on_rank(plan: ImportPlan, name: str, stage: int, rank: int) -> int:
-    """Replicated tensors are stored by tensor rank 0 and counted on each."""
-    mine, per_stage = stage * plan.mesh.stage_ranks + rank, plan.mesh.stage_ranks
-    total = sharded = 0
-    for chunk in plan.placement.catalog[name].chunks:
-        owner = int(chunk.file[2:].split("_", 1)[0])
-        size = chunk.nbytes // plan.dtype.size
-        if owner // per_stage == stage:
-            total += size
-            sharded += size if owner == mine else 0
-    tensor = plan.model.mcore[name]
-    is_cut = any("tp" in node_mesh for node_mesh in _meshes(tensor.family.mcore[tensor.part].layout.text))
-    if name.startswith(("embedding", "output_layer")):
-        sharded -= plan.model.sizes["pad"] * plan.model.sizes["h"] // plan.mesh.tp if sharded else 0
-    return sharded if is_cut else total
-
-
-def _meshes(text: str) -> list[str]:
-    return [part for part in text.replace(")", " ").replace("]", " ").split() if "/" in part]
-
-
-def worker_count(workers: int, memory: int) -> int:
-    """Workers that fit `memory` bytes of buffers. Raises UsageError when not even one does."""
-    if memory < SMALLEST_MEMORY:
-        raise UsageError(f"--memory: {memory} bytes are too few; give at least 16MiB", kind="memory")
+    size = size_of(memory)
+    if size < SMALLEST_MEMORY:
+        raise UsageError(f"--memory: {size} bytes are too few; give at least 16MiB", kind="memory")
     if workers < 0:
         raise UsageError("--workers: give a number of 1 or more", kind="workers")
-    return max(1, min(workers or min(4, os.cpu_count() or 1), memory // SMALLEST_MEMORY))
-
-
-def _counter(progress: Progress, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    return count
-
-
-def _costs(started: float, read: int, written: int) -> dict[str, Any]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = round(time.monotonic() - started, 3)
-    return {"bytes_read": read, "bytes_written": written, "seconds": seconds, "peak_memory": peak}
+    return max(1, min(workers or min(4, os.cpu_count() or 1), size // SMALLEST_MEMORY))
 
 
 def mcore2hf(
-    src: Path_,
-    dst: Path_,
+    src: PathLike,
+    dst: PathLike,
     *,
-    hf_model: Path_ | None = None,
-    arch: str = "",
-    dtype: str = "",
-    max_shard_size: int = 5_000_000_000,
     workers: int = 0,
-    memory: int = 64 << 20,
+    memory: int | str = MEMORY,
     sync: bool = True,
     overwrite: bool = False,
-    progress: Progress = _nothing,
+    verify: bool = False,
+    progress: Listener | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Convert a Megatron checkpoint to a Hugging Face directory. Returns the report; raises TranscoderError."""
-    from transcoder.exporting import plan_export, run_export
-    from transcoder.megatron import open_megatron
-    from transcoder.paths import destination
+    """Convert a Megatron checkpoint to a Hugging Face directory. Returns the report; raises TranscoderError.
+
+    options: those of `plan_mcore2hf`. progress: called with a `Progress` after every band.
+    """
+    from transcoder.exporting import run_export, stale_weights
+    from transcoder.paths import check_free, destination
+    from transcoder.reports import costs, export_report
 
     started = time.monotonic()
+    hands = worker_count(workers, memory)
+    check_free(Path(dst), Path(src), overwrite)
+    plan = plan_mcore2hf(src, **options)
+    total = sum(shard.size - len(shard.header) for shard in plan.shards)
+    with destination(Path(dst), Path(src), overwrite, stale_weights(Path(dst))) as work:
+        tally = Tally(plan.source.model, total, progress)
+        warnings = run_export(plan, work, workers=hands, sync=sync, tally=tally)
+        if verify:
+            _verify_export(plan, work)
+    return export_report(plan, dst, warnings) | costs(started, plan.source.nbytes, total)
+
+
+def plan_mcore2hf(
+    src: PathLike,
+    *,
+    hf_model: PathLike | None = None,
+    arch: str = "",
+    dtype: str = "",
+    max_shard_size: int | str = MAX_SHARD,
+) -> ExportPlan:
+    """The plan of an export, decided and proved from metadata alone. Raises TranscoderError.
+
+    hf_model: directory whose config, tokenizer and shard map are used. max_shard_size: bytes, or a text such as 5GB.
+    """
+    from transcoder.exporting import plan_export
+    from transcoder.megatron import open_megatron
+    from transcoder.reports import size_of
+
     reference = Path(hf_model) if hf_model else None
     megatron = open_megatron(Path(src), reference, arch)
-    plan = plan_export(megatron, reference, dtype=dtype, max_shard=max_shard_size)
-    total = sum(shard.size - len(shard.header) for shard in plan.shards)
-    with destination(Path(dst), Path(src), overwrite) as work:
-        warnings = run_export(plan, work, workers=worker_count(workers, memory), sync=sync, progress=_counter(progress, total))
-    ignored = [f"{count} keys {prefix}* are training state and are ignored" for prefix, count in megatron.store.ignored.items()]
-    return {
-        "source": str(src),
-        "destination": str(dst),
-        "architecture": megatron.model.recipe.hf[0] if not arch else arch,
-        "tensors": len(megatron.model.hf),
-        "parameters": sum(_elements(tensor.shape) for tensor in megatron.model.hf.values()),
-        "warnings": [*warnings, *ignored],
-    } | _costs(started, total, total)
+    return plan_export(megatron, reference, dtype=dtype, max_shard=size_of(max_shard_size))
 
 
-def stream_hf(path: Path_, hf_model: Path_ | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (Hugging Face name, array of raw elements) for each tensor of a checkpoint, one at a time.
+def _verify_export(plan: ExportPlan, folder: Path) -> None:
+    from transcoder.views import cast_view, hf_view, megatron_view
 
-    bfloat16 comes as uint16 bits. Raises InputError.
+    _same(cast_view(megatron_view(plan.source), plan.dtype), hf_view(folder))
+
+
+def plan(src: PathLike, *, memory: int | str = MEMORY, **options: Any) -> Plan:
+    """What hf2mcore (for a Hugging Face directory) or mcore2hf (for a Megatron checkpoint) would do. Writes nothing.
+
+    options: those of `plan_hf2mcore` or `plan_mcore2hf`. Raises TranscoderError.
     """
-    from transcoder.views import open_view
+    from transcoder.checking import is_hf
+    from transcoder.description import Plan
+    from transcoder.reports import size_of
+
+    if is_hf(Path(src)):
+        return Plan("hf2mcore", plan_hf2mcore(src, **options), size_of(memory))
+    return Plan("mcore2hf", plan_mcore2hf(src, **options), size_of(memory))
+
+
+def roundtrip(
+    src: PathLike,
+    dst: PathLike | None = None,
+    *,
+    workers: int = 0,
+    memory: int | str = MEMORY,
+    sync: bool = True,
+    overwrite: bool = False,
+    megatron_save_path: PathLike | None = None,
+    megatron_load_path: PathLike | None = None,
+    progress: Listener | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Hugging Face → Megatron → Hugging Face in one pass, every bit compared. Raises DifferenceError, TranscoderError.
+
+    dst: the result is written to dst/MODEL-NAME; without it nothing is written. options: those of `plan_hf2mcore`.
+    megatron_save_path: write the Megatron checkpoint, too, and go through it. megatron_load_path: go through this one.
+    """
+    from transcoder.paths import destination
+    from transcoder.reports import costs, import_report
+    from transcoder.roundtrips import into_files, through_memory
+
+    started = time.monotonic()
+    hands = worker_count(workers, memory)
+    work = plan_hf2mcore(src, **options)
+    total = sum(spec.nbytes for spec in work.source.catalog.values())
+    tally = Tally(work.model, total, progress)
+    place = Path(dst) / Path(src).resolve().name if dst else None
+    if megatron_save_path:
+        saving: dict[str, Any] = {
+            "workers": workers,
+            "memory": memory,
+            "sync": sync,
+            "overwrite": overwrite,
+            "progress": progress,
+        }
+        hf2mcore(src, megatron_save_path, **saving, **options)
+    if megatron := megatron_load_path or megatron_save_path:
+        _through_files(src, megatron, place, workers=workers, memory=memory, sync=sync, overwrite=overwrite)
+    elif place is None:
+        through_memory(work, hands, tally)
+    else:
+        with destination(place, Path(src), overwrite) as folder:
+            into_files(work, folder, hands, sync, tally)
+    written = total if place else 0
+    rows = [_row(work, name) for name in work.model.hf]
+    return import_report(work, place or "") | {"verified": rows} | costs(started, total, written)
+
+
+def _through_files(src: PathLike, megatron: PathLike, place: Path | None, **options: Any) -> None:
+    """Compare a Megatron checkpoint with `src`, exporting it to `place` first if that is given."""
+    if place is not None:
+        mcore2hf(megatron, place, hf_model=src, **options)
+    verify(src, megatron if place is None else place)
+
+
+def _row(plan: ImportPlan, name: str) -> dict[str, Any]:
+    spec = plan.source.catalog[name]
+    return {"tensor": name, "shape": list(spec.shape), "dtype": spec.dtype.name, "matches": True}
+
+
+def stream_hf(path: PathLike, hf_model: PathLike | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (Hugging Face name, NumPy array) for each tensor of a checkpoint, one at a time.
+
+    bfloat16, which NumPy lacks, comes as uint16 bits. Raises InputError.
+    """
+    from math import prod
+
+    from transcoder.views import numpy_dtype, open_view
 
     view = open_view(Path(path), Path(hf_model) if hf_model else None)
-    for name, (_, shape) in view.tensors.items():
-        yield name, view.read(name, 0, _elements(shape)).reshape(shape)
+    for name, (dtype, shape) in view.tensors.items():
+        yield name, view.read(name, 0, prod(shape)).view(numpy_dtype(dtype)).reshape(shape)
 
 
-def verify(one: Path_, two: Path_) -> dict[str, Any]:
+def verify(one: PathLike, two: PathLike) -> dict[str, Any]:
     """Compare two checkpoints of any format tensor by tensor, bit for bit. Raises DifferenceError with the report."""
-    from transcoder.views import compare, open_view
+    from transcoder.views import open_view
 
+    started = time.monotonic()
     views = open_view(Path(one), None), open_view(Path(two), None)
-    differences = compare(*views)
-    report = {"source": str(one), "destination": str(two), "tensors": len(views[0].tensors), "differences": differences}
+    report = {"source": str(one), "destination": str(two), "tensors": len(views[0].tensors), "differences": []}
+    try:
+        _same(*views)
+    except DifferenceError as error:
+        error.report |= report | {"differences": error.report["differences"]}
+        raise
+    return report | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def _same(one: View, two: View, only: set[str] | None = None) -> None:
+    """Raise DifferenceError naming every tensor that differs; `only`: names of the first view that count."""
+    from transcoder.views import compare
+
+    differences = compare(one, two, only)
     if differences:
         problems = [Problem(tensor=row["tensor"], message=_difference(row)) for row in differences]
         error = DifferenceError(f"{len(differences)} tensors differ", kind="difference", problems=problems)
-        error.report = report  # type: ignore[attr-defined]
+        error.report = {"differences": differences}
         raise error
-    return report
 
 
 def _difference(row: dict[str, Any]) -> str:
@@ -222,17 +291,40 @@ def _difference(row: dict[str, Any]) -> str:
     return f"{row['count']} elements differ, first at {row['first_index']}, by at most {row['max_abs']}"
 
 
-def inspect(directory: Path_) -> dict[str, Any]:
-    """What a Megatron checkpoint holds, from its metadata. Raises InputError."""
-    from transcoder.dialects import dialect_of
-    from transcoder.formats.torch_dist import open_torch_dist
-    from transcoder.megatron import find_iteration
+def check(
+    directory: PathLike, *, quick: bool = False, sample: float = 100.0, progress: Listener | None = None
+) -> dict[str, Any]:
+    """Whether a checkpoint is whole. Raises DifferenceError listing the damage, InputError when it is none.
 
-    store = open_torch_dist(find_iteration(Path(directory)))
-    keys = [
-        {"key": key, "dtype": dtype.name, "shape": list(shape), "chunks": len(places)}
-        for key, (dtype, shape, places) in sorted(store.tensors.items())
-    ]
-    parameters = sum(_elements(shape) for _, shape, _ in store.tensors.values())
-    dialect = dialect_of(store.tensors)
-    return {"source": str(directory), "tensors": len(keys), "parameters": parameters, "dialect": dialect, "keys": keys}
+    quick: read no payloads. sample: percentage of payloads to read.
+    """
+    from transcoder.checking import check as examine
+
+    started = time.monotonic()
+    report = examine(Path(directory), quick, sample, progress)
+    return report | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def inspect(directory: PathLike) -> dict[str, Any]:
+    """What a checkpoint of any supported format holds, from headers alone. Raises InputError."""
+    from transcoder.inspection import inspect as look
+
+    return look(Path(directory))
+
+
+def architectures() -> dict[str, Any]:
+    """Every supported Hugging Face class, with the model type that configs name it by."""
+    from transcoder.recipes import registry
+
+    rows = [{"name": name, "recipe": recipe.name} for name, recipe in sorted(registry().items())]
+    return {"architectures": rows}
+
+
+def open_checkpoint(path: PathLike) -> Any:
+    """The catalog of a Hugging Face directory or a Megatron checkpoint: name → TensorSpec. Raises InputError."""
+    from transcoder.checking import is_hf
+    from transcoder.formats.huggingface import open_hf
+    from transcoder.formats.torch_dist import open_torch_dist
+    from transcoder.iterations import find_iteration
+
+    return open_hf(Path(path)).catalog if is_hf(Path(path)) else open_torch_dist(find_iteration(Path(path))).catalog

@@ -1,35 +1,27 @@
-"""The command line: parse, call, print. Results go to stdout, messages to stderr."""
+"""The command line: parse, call, print."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
-from transcoder.errors import TranscoderError
+from transcoder import phrases
+from transcoder.console import Console
+from transcoder.errors import UsageError
+from transcoder.options import ARCH, COMMON, COST, DTYPE, GRID, HUGGING_FACE, LINKS, MEGATRON, WRITING, console, options
 
-GRID = [click.option(f"--{name}", default=1, show_default=True, help=f"{name} size") for name in ("tp", "pp", "ep", "etp")]
-COMMON = [
-    click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
-    click.option("--quiet", is_flag=True, help="no messages"),
-]
-
-
-def options(*groups: list[Any]) -> Callable[[Any], Any]:
-    """Add groups of options to a command."""
-
-    def add(function: Any) -> Any:
-        for option in reversed([option for group in groups for option in group]):
-            function = option(function)
-        return function
-
-    return add
+Report = dict[str, Any]
+IMPORT = (GRID, MEGATRON, DTYPE, ARCH, LINKS, WRITING, COMMON)
+EXPORT = (HUGGING_FACE, DTYPE, ARCH, WRITING, COMMON)
+CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 
 
-@click.group()
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="megatron-transcoder")
 def cli() -> None:
     """Stream weights between Hugging Face safetensors and Megatron-Core distributed checkpoints."""
 
@@ -37,76 +29,241 @@ def cli() -> None:
 @cli.command()
 @click.argument("src")
 @click.argument("dst")
-@click.option("--dtype", default="", type=click.Choice(["", "bfloat16", "float16", "float32"]))
-@click.option("--overwrite", is_flag=True, help="replace an existing destination")
-@click.option("--no-sync", is_flag=True, help="leave flushing to the kernel")
-@options(GRID, COMMON)
-def hf2mcore(src: str, dst: str, no_sync: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
+@options(*IMPORT)
+def hf2mcore(src: str, dst: str, **chosen: Any) -> int:
     """Hugging Face directory → Megatron distributed checkpoint."""
-    from transcoder import api
+    return _import("hf2mcore", src, dst, chosen)
 
-    show("hf2mcore", lambda: api.hf2mcore(src, dst, sync=not no_sync, **chosen), as_json, quiet)
+
+@cli.command("import")
+@click.option("--hf-model", required=True, metavar="DIR", help="the Hugging Face directory")
+@click.option("--megatron-path", required=True, metavar="DIR", help="the checkpoint to write")
+@click.option("--torch-dtype", default=None, type=click.Choice(["bfloat16", "float16", "float32"]))
+@click.option("--device-map", default=None, help="accepted and not needed: no device holds the model")
+@options(*IMPORT)
+def import_(hf_model: str, megatron_path: str, torch_dtype: str | None, device_map: str | None, **chosen: Any) -> int:
+    """hf2mcore, under the name that Megatron Bridge's scripts use."""
+    chosen["dtype"] = torch_dtype or chosen["dtype"]
+    return _import("import", hf_model, megatron_path, chosen, _needless(device_map))
+
+
+def _needless(device_map: str | None) -> list[str]:
+    return [] if device_map is None else ["--device-map is not needed: no device ever holds the model"]
+
+
+def _import(command: str, src: str, dst: str, chosen: Report, warnings: Iterable[str] = ()) -> int:
+    out = console(command, chosen)
+    out.warn(warnings)
+
+    def work() -> Report:
+        from transcoder import api
+
+        dry, arguments = _writing(chosen)
+        if dry:
+            return _plan(api.plan_hf2mcore, src, arguments, "hf2mcore")
+        out.say(phrases.import_start(src, dst))
+        with out.bar("importing") as bar:
+            return api.hf2mcore(src, dst, progress=bar, **arguments)
+
+    return out.run(work, lambda report: _planned(report) if "text" in report else phrases.import_end(report))
+
+
+def _writing(chosen: Report) -> tuple[bool, Report]:
+    """Whether it is a dry run, and the arguments of the API. Raises UsageError for what does not exist yet."""
+    arguments = {name: value for name, value in chosen.items() if value is not None}
+    if arguments.pop("resume", False):
+        raise UsageError("--resume: runs cannot be resumed yet; give the command without it", kind="unsupported")
+    if (form := arguments.pop("form", "torch_dist")) != "torch_dist":
+        raise UsageError(f"--format {form} cannot be written yet; torch_dist can", kind="unsupported")
+    if arguments.get("layout") == "singleton":
+        message = "--layout singleton cannot be written yet; stacked and per-layer can"
+        raise UsageError(message, kind="unsupported")
+    arguments.pop("norm_names", None)  # both spell the keys of dense models alike
+    if "no_sync" in arguments:
+        arguments["sync"] = not arguments.pop("no_sync")
+    if "iteration" in arguments:
+        arguments["iteration"] = _iteration(arguments["iteration"])
+    return arguments.pop("dry_run", False), arguments
+
+
+def _iteration(text: str) -> int | str:
+    if text in ("both", "release"):
+        return text
+    if not text.isascii() or not text.isdigit() or int(text) >= 10**7:
+        raise UsageError(f"--iteration {text}: give both, release or a number", kind="iteration")
+    return int(text)
+
+
+def _plan(planner: Callable[..., Any], src: str, arguments: Report, command: str) -> Report:
+    from inspect import signature
+
+    from transcoder.description import Plan
+    from transcoder.reports import size_of
+
+    names = signature(planner).parameters
+    kept = {name: value for name, value in arguments.items() if name in names}
+    return Plan(command, planner(src, **kept), size_of(arguments["memory"])).report
+
+
+def _planned(report: Report) -> Iterator[str]:
+    yield report["text"]
 
 
 @cli.command()
 @click.argument("src")
 @click.argument("dst")
-@click.option("--hf-model", default=None, help="directory whose config, tokenizer and shard map are used")
-@click.option("--overwrite", is_flag=True, help="replace an existing destination")
-@click.option("--no-sync", is_flag=True, help="leave flushing to the kernel")
-@options(COMMON)
-def mcore2hf(src: str, dst: str, no_sync: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
+@options(*EXPORT)
+def mcore2hf(src: str, dst: str, **chosen: Any) -> int:
     """Megatron checkpoint → Hugging Face directory."""
-    from transcoder import api
+    return _export("mcore2hf", src, dst, chosen)
 
-    show("mcore2hf", lambda: api.mcore2hf(src, dst, sync=not no_sync, **chosen), as_json, quiet)
+
+@cli.command()
+@click.option("--megatron-path", required=True, metavar="DIR", help="the Megatron checkpoint")
+@click.option("--hf-path", required=True, metavar="DIR", help="the Hugging Face directory to write")
+@options(*EXPORT)
+def export(megatron_path: str, hf_path: str, **chosen: Any) -> int:
+    """mcore2hf, under the name that Megatron Bridge's scripts use."""
+    return _export("export", megatron_path, hf_path, chosen)
+
+
+def _export(command: str, src: str, dst: str, chosen: Report) -> int:
+    out = console(command, chosen)
+
+    def work() -> Report:
+        from transcoder import api
+
+        dry, arguments = _writing(chosen)
+        if dry:
+            return _plan(api.plan_mcore2hf, src, arguments, "mcore2hf")
+        out.say(phrases.export_start(src, dst))
+        with out.bar("exporting") as bar:
+            return api.mcore2hf(src, dst, progress=bar, **arguments)
+
+    return out.run(work, lambda report: _planned(report) if "text" in report else phrases.export_end(report))
+
+
+@cli.command()
+@click.argument("src", required=False)
+@click.argument("dst", required=False)
+@click.option("--hf-model-id", default=None, metavar="DIR", help="SRC, under its older name")
+@click.option("--output-dir", default=None, metavar="DIR", help="DST, under its older name")
+@click.option("--megatron-save-path", default=None, metavar="DIR", help="write the Megatron checkpoint, too")
+@click.option("--megatron-load-path", default=None, metavar="DIR", help="go through this Megatron checkpoint")
+@click.option("--overwrite", is_flag=True, help="replace what an earlier run wrote")
+@options(GRID, ARCH, LINKS, COST, COMMON)
+def roundtrip(src: str | None, dst: str | None, hf_model_id: str | None, output_dir: str | None, **chosen: Any) -> int:
+    """There and back, every bit compared; without DST nothing is written."""
+    out = console("roundtrip", chosen)
+
+    def work() -> Report:
+        from transcoder import api
+
+        source = src or hf_model_id
+        if source is None:
+            raise UsageError("give a Hugging Face directory: transcode roundtrip SRC [DST]", kind="usage")
+        with out.bar("round trip") as bar:
+            return api.roundtrip(source, dst or output_dir, progress=bar, **chosen)
+
+    return out.run(work, phrases.roundtrip_end)
+
+
+@cli.command()
+@click.argument("src")
+@options(GRID, MEGATRON, HUGGING_FACE, DTYPE, ARCH, LINKS, COST, COMMON)
+def plan(src: str, **chosen: Any) -> int:
+    """What hf2mcore or mcore2hf would do, from headers alone."""
+    out = console("plan", chosen)
+
+    def work() -> Report:
+        from transcoder import api
+        from transcoder.checking import is_hf
+
+        _, arguments = _writing(chosen)
+        planner = api.plan_hf2mcore if is_hf(Path(src)) else api.plan_mcore2hf
+        return _plan(planner, src, arguments, planner.__name__.removeprefix("plan_"))
+
+    return out.run(work, _planned)
 
 
 @cli.command()
 @click.argument("one")
 @click.argument("two")
 @options(COMMON)
-def verify(one: str, two: str, as_json: bool, quiet: bool) -> None:
-    """Compare two checkpoints of any format, bit for bit."""
+def verify(one: str, two: str, **chosen: Any) -> int:
+    """Compare two checkpoints of any format, logically and bit for bit."""
     from transcoder import api
 
-    show("verify", lambda: api.verify(one, two), as_json, quiet)
+    out = console("verify", chosen)
+    return out.run(
+        lambda: api.verify(one, two), lambda report: [f"✅ {report['tensors']} tensors are equal bit for bit"]
+    )
 
 
 @cli.command()
 @click.argument("directory")
+@click.option("--quick", is_flag=True, help="read no payloads")
+@click.option("--sample", default=100.0, type=click.FloatRange(0, 100), metavar="PERCENT", help="payloads to read")
 @options(COMMON)
-def inspect(directory: str, as_json: bool, quiet: bool) -> None:
-    """Keys, dtypes, shapes and chunk counts of a Megatron checkpoint."""
+def check(directory: str, quick: bool, sample: float, **chosen: Any) -> int:
+    """Is this checkpoint whole: headers, coverage, checksums, digests."""
+    out = console("check", chosen)
+
+    def work() -> Report:
+        from transcoder import api
+
+        with out.bar("checking") as bar:
+            return api.check(directory, quick=quick, sample=sample, progress=bar)
+
+    return out.run(work, lambda report: [_whole(report)])
+
+
+def _whole(report: Report) -> str:
+    done = report["checked"]
+    counts = f"{done['files']} files, {done['checksums']} checksums, {done['digests']} digests"
+    return f"✅ {report['source']} is whole: {report['tensors']} tensors, {counts}"
+
+
+@cli.command()
+@click.argument("directory")
+@click.option("--tree", "as_tree", is_flag=True, help="the keys as a tree")
+@options(COMMON)
+def inspect(directory: str, as_tree: bool, **chosen: Any) -> int:
+    """Keys, dtypes, shapes, chunk grids, files, parallel layout and config of a checkpoint."""
     from transcoder import api
 
-    show("inspect", lambda: api.inspect(directory), as_json, quiet)
+    def lines(report: Report) -> Iterable[str]:
+        from transcoder.inspection import table, tree
+
+        return tree(report) if as_tree else table(report)
+
+    return console("inspect", chosen).run(lambda: api.inspect(directory), lines)
 
 
-def show(command: str, work: Callable[[], dict[str, Any]], as_json: bool, quiet: bool) -> None:
-    """Run, print the report or the error, and exit with the error's status."""
-    try:
-        report = {"status": "ok", "command": command, **work()}
-    except TranscoderError as error:
-        if as_json:
-            click.echo(json.dumps({"status": "error", "command": command, "error": error.as_json()}))
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    if as_json:
-        click.echo(json.dumps(report))
-    elif not quiet:
-        for text in report.get("warnings", ()):
-            click.echo(f"warning: {text}", err=True)
-        for row in report.get("keys", ()):
-            click.echo(f"{row['dtype']:<9} {row['shape']!s:<20} {row['chunks']:>4} chunks  {row['key']}")
-        click.echo(f"{command}: {report['tensors']} tensors, {report['source']}{arrow(report)}")
+@cli.command()
+@options(COMMON)
+def architectures(**chosen: Any) -> int:
+    """The supported architectures."""
+    from transcoder import api
 
-
-def arrow(report: dict[str, Any]) -> str:
-    """The destination as the closing line names it."""
-    return f" -> {report['destination']}" if "destination" in report else ""
+    return console("architectures", chosen).run(api.architectures, phrases.architectures)
 
 
 def main() -> None:
-    """The entry point of `transcode`."""
-    cli()
+    """The entry point of `transcode`: usage errors keep the JSON promise, too."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        status = stop.exit_code
+    except click.Abort:
+        status = 130
+    except click.ClickException as error:
+        status = _usage(error)
+    sys.exit(status or 0)
+
+
+def _usage(error: click.ClickException) -> int:
+    context = getattr(error, "ctx", None)
+    out = Console(context.info_name if context and context.parent else "transcode", "--json" in sys.argv)
+    hint = f"{error.format_message()} (see {context.command_path} --help)" if context else error.format_message()
+    return out.fail(hint, 2, {"code": 2, "kind": "usage", "message": hint, "problems": []}, {})

@@ -54,7 +54,7 @@ def scatter(atlas: Atlas, tensor: HfTensor, start: int, band: Array, sink: Sink)
     """Send the flat elements from `start`, given as `band`, to every chunk that holds them."""
     for key, chunk, copy in atlas.pieces(tensor, start, start + band.size):
         for run in runs(copy):
-            sink(key, chunk, run.chunk * band.itemsize, memoryview(_packed(band, run)).cast("B"))
+            sink(key, chunk, run.chunk * band.itemsize, _packed(band, run).data.cast("B"))
 
 
 def _packed(band: Array, run: Run) -> Array:
@@ -109,16 +109,24 @@ class CheckedChunks:
         self._view = view
         self._parts: dict[tuple[str, Box], list[tuple[int, int, int]]] = {}
         self._covered: dict[tuple[str, Box], int] = {}
+        self._lock = threading.Lock()  # one chunk can be read by two workers: q and v of a layer in two shards
 
     def fetch(self, key: str, chunk: Chunk, start: int, count: int) -> memoryview:
         """Payload bytes [start, start + count) of a chunk. Raises InputError when a completed chunk is damaged."""
         data = self._view(chunk.file)[chunk.offset + start : chunk.offset + start + count]
-        place = (key, chunk.box)
-        self._parts.setdefault(place, []).append((start, count, crc32(data)))
-        self._covered[place] = self._covered.get(place, 0) + count
-        if self._covered[place] == chunk.nbytes:
-            self._compare(key, chunk, combined(self._parts.pop(place)))
+        place, part = (key, chunk.box), (start, count, crc32(data))
+        with self._lock:
+            self._parts.setdefault(place, []).append(part)
+            self._covered[place] = self._covered.get(place, 0) + count
+            done = self._parts.pop(place) if self._covered[place] == chunk.nbytes else None
+        if done is not None:
+            self._compare(key, chunk, combined(done))
         return data
+
+    def finish(self) -> None:
+        """Raise RuntimeError when a chunk was read only in part, so that its checksum was never compared."""
+        if self._parts:
+            raise RuntimeError(f"{next(iter(self._parts))} and {len(self._parts) - 1} more chunks were read in part")
 
     def _compare(self, key: str, chunk: Chunk, found: int) -> None:
         if chunk.crc is not None and found != chunk.crc:
@@ -173,7 +181,7 @@ class TreeDigest:
 
     def add(self, band: Array) -> None:
         """The next band, in order."""
-        self._leaves.update(xxhash.xxh3_128(memoryview(band).cast("B")).digest())
+        self._leaves.update(xxhash.xxh3_128(band.data.cast("B")).digest())
 
     def text(self) -> str:
         """The digest as it stands in a manifest."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 LISTED_PROBLEMS = 20
 NAME_LIMIT = 120
@@ -55,6 +56,7 @@ class TranscoderError(Exception):
     def __init__(self, message: str, *, kind: str = "internal", problems: Iterable[Problem] = ()) -> None:
         super().__init__(message)
         self.kind = kind
+        self.report: dict[str, Any] = {}  # what a failed command tells beside the error
         self.problems = tuple(problems)
 
     def __str__(self) -> str:

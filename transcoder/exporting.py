@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transcoder import manifest
 from transcoder.errors import Problem, refuse
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
 from transcoder.formats.torch_dist import map_file
-from transcoder.importing import Progress, fillers
+from transcoder.importing import fillers
 from transcoder.megatron import Megatron
 from transcoder.paths import write_file
+from transcoder.progress import Tally
 from transcoder.spec import DTYPES, DType, TensorSpec
+
+if TYPE_CHECKING:
+    from transcoder.engine import Fetch
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class ExportPlan:
 def plan_export(
     source: Megatron, hf_model: Path | None = None, *, dtype: str = "", max_shard: int = 5_000_000_000
 ) -> ExportPlan:
-    """Where every exported tensor goes: the original shards if they are known, else shards of at most `max_shard` bytes."""
+    """Where every exported tensor goes: the original shards if known, else shards of at most `max_shard` bytes."""
     target = DTYPES[dtype] if dtype else source.dtype
     headers, index = _known_headers(source, hf_model)
     shards = _restored(source, headers, target)
@@ -116,60 +123,81 @@ def _files_below(folder: Path) -> list[str]:
     return list(side_files(folder, shards)[0])
 
 
-def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, progress: Progress) -> list[str]:
+def stale_weights(folder: Path) -> set[str]:
+    """Weight files of an earlier model in `folder` that would shadow or outlive the new ones."""
+    from transcoder.formats.safetensors import read_index
+
+    index = folder / INDEX_NAME
+    named = set(read_index(index).values()) if index.is_file() else set()
+    return {name for name in (*named, INDEX_NAME, SINGLE_NAME) if plain_name(name) and (folder / name).is_file()}
+
+
+def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> list[str]:
     """Write the whole directory into the folder `work`. Returns warnings. Raises InputError on damage."""
     for name in plan.side_files:
         write_file(work / name, (plan.source.reference / name).read_bytes(), sync)
-    warnings = stream_export(plan, work, workers, sync, progress)
+    warnings = stream_export(plan, work, workers, sync, tally)
     if plan.index is not None:
         write_file(work / INDEX_NAME, plan.index, sync)
     return warnings
 
 
-def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, progress: Progress) -> list[str]:
-    """Move every payload byte into the shards; check checksums, digests and filler on the way."""
-    from transcoder.engine import CheckedChunks, TreeDigest, bands, converted, gather, run_groups
-    from transcoder.formats.torch_dist_writer import write_all
+def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally: Tally) -> list[str]:
+    """Move every payload byte into the shards; check checksums, digests and filler on the way. Returns warnings."""
+    from transcoder.engine import CheckedChunks, run_groups
 
-    source, views = plan.source, dict[str, memoryview]()
-    for spec in source.store.catalog.values():
-        for chunk in spec.chunks:
-            if chunk.file not in views:
-                views[chunk.file] = map_file(source.path / chunk.file)
+    source = plan.source
+    views = {name: map_file(source.path / name) for name in source.files}
     chunks = CheckedChunks(views.__getitem__)
-
-    def move(spec: TensorSpec, file: int) -> None:
-        tensor, place, tree = source.model.hf[spec.name], spec.chunks[0], TreeDigest()
-        for start, stop in bands(tensor.shape, source.dtype):
-            band = gather(source.atlas, tensor, start, stop, source.dtype, chunks.fetch)
-            tree.add(band)
-            data = memoryview(converted(band, source.dtype, plan.dtype)).cast("B")
-            write_all(file, data, place.offset + start * plan.dtype.size)
-            progress(len(data))
-        if plan.digests.get(spec.name, tree.text()) != tree.text():
-            problem = Problem(
-                tensor=spec.name,
-                expected=plan.digests[spec.name],
-                found=tree.text(),
-                hint="the checkpoint was changed after it was written",
-            )
-            raise refuse("digest", "a tensor does not have the digest of the manifest", [problem])
-
-    files = {shard.name: _create(work / shard.name, shard) for shard in plan.shards}
-    try:
+    with shard_files(plan.shards, work, sync) as files:
         groups: list[list[Callable[[], None]]] = [
-            [lambda spec=spec, file=files[shard.name]: move(spec, file) for spec in shard.tensors]  # type: ignore[misc]
+            [partial(_move, plan, spec, files[shard.name], chunks.fetch, tally) for spec in shard.tensors]
             for shard in plan.shards
         ]
         run_groups(groups, workers)
         warnings = check_filler(source, chunks.fetch)
+        chunks.finish()
+    return warnings
+
+
+@contextmanager
+def shard_files(shards: Iterable[Shard], work: Path, sync: bool) -> Iterator[dict[str, int]]:
+    """Open files of the final size with their headers written, by name; durable at the end if `sync`."""
+    files: dict[str, int] = {}
+    try:
+        for shard in shards:
+            files[shard.name] = _create(work / shard.name, shard)
+        yield files
         for file in files.values():
             if sync:
                 os.fdatasync(file)
     finally:
         for file in files.values():
             os.close(file)
-    return warnings
+
+
+def _move(plan: ExportPlan, spec: TensorSpec, file: int, fetch: Fetch, tally: Tally) -> None:
+    """Collect one tensor from its chunks into its place in a shard; compare its digest with the manifest's."""
+    from transcoder.engine import TreeDigest, bands, converted, gather
+    from transcoder.formats.torch_dist_writer import write_all
+
+    source, tree, place = plan.source, TreeDigest(), spec.chunks[0]
+    tensor = source.model.hf[spec.name]
+    for start, stop in bands(tensor.shape, source.dtype):
+        band = gather(source.atlas, tensor, start, stop, source.dtype, fetch)
+        tree.add(band)
+        data = converted(band, source.dtype, plan.dtype).data.cast("B")
+        write_all(file, data, place.offset + start * plan.dtype.size)
+        tally.moved(len(data))
+    _check_digest(spec.name, plan.digests.get(spec.name, tree.text()), tree.text())
+    tally.finished(tensor)
+
+
+def _check_digest(name: str, expected: str, found: str) -> None:
+    if expected != found:
+        hint = "the checkpoint was changed after it was written"
+        problem = Problem(tensor=name, expected=expected, found=found, hint=hint)
+        raise refuse("digest", "a tensor does not have the digest of the manifest", [problem])
 
 
 def _create(path: Path, shard: Shard) -> int:
@@ -179,7 +207,7 @@ def _create(path: Path, shard: Shard) -> int:
     return file
 
 
-def check_filler(source: Megatron, fetch: Callable[..., memoryview]) -> list[str]:
+def check_filler(source: Megatron, fetch: Fetch) -> list[str]:
     """Warn of padding rows that are not zero; refuse a bias that Hugging Face cannot hold and that is not zero."""
     from transcoder.engine import filler_values
 

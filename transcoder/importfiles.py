@@ -1,4 +1,4 @@
-"""Everything beside the payloads of an import: common.pt, side files, manifest, `.metadata`, trackers; in that order."""
+"""Everything beside the payloads of an import, in order: common.pt, side files, manifest, `.metadata`, trackers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
 from transcoder.formats.torch_dist_writer import metadata
 from transcoder.importing import ImportPlan, is_tokenizer_file
+from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
 from transcoder.paths import write_file
 
 TOOL_VERSION = "0.1.0"
-TEXT_TRACKER, STATE_TRACKER = "latest_checkpointed_iteration.txt", "latest_train_state.pt"
 
 
 def write_side_files(

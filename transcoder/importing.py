@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product as combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_hf, ignored_names
@@ -14,13 +15,17 @@ from transcoder.dialects import extra_state_keys
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.torch_dist import map_file
-from transcoder.formats.torch_dist_writer import Placement, TorchDistWriter, Wanted, place
+from transcoder.formats.torch_dist_writer import SETS, Placement, TorchDistWriter, Wanted, place
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.layout import LayoutError
 from transcoder.mesh import Mesh
 from transcoder.planner import HfTensor, McoreTensor, Model, axis_sizes, build_model
+from transcoder.progress import Tally
 from transcoder.recipes import recipe_for
-from transcoder.spec import DTYPES, DType
+from transcoder.spec import DTYPES, Chunk, DType
+
+if TYPE_CHECKING:
+    from transcoder.engine import Sink
 
 TOKENIZER_FILES = (
     "tokenizer",
@@ -32,7 +37,6 @@ TOKENIZER_FILES = (
     "spiece",
     "sentencepiece",
 )
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class ImportPlan:
     """Everything decided before a payload byte is read."""
 
     source: HfDirectory
+    architecture: str  # the Hugging Face class
     model: Model
     mesh: Mesh
     stored: DType  # of the files
@@ -69,13 +74,15 @@ def plan_import(
     dtype: str = "",
     divisor: int = 128,
     iteration: int | str = "both",
+    arch: str = "",
     follow_links: bool = False,
 ) -> ImportPlan:
     """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
     source = open_hf(src, follow_links)
     catalog = source.catalog
     values = normalise(source.config)
-    recipe = recipe_for(architecture_of(source.config))
+    architecture = arch or architecture_of(source.config)
+    recipe = recipe_for(architecture)
     sizes = axis_sizes(recipe, values, len(catalog))
     mesh.check({"attention heads": sizes["g"] * sizes["q"], "ffn size": sizes["f"], "layers": sizes["l"]})
     unit = divisor * mesh.tp
@@ -95,9 +102,8 @@ def plan_import(
         *(f"weights only: {reason}" for reason in model.weights_only()),
         *(f"{name} is ignored by the recipe" for name in sorted(ignored)),
     )
-    return ImportPlan(
-        source, model, mesh, stored, target, sizes["vocab"] + sizes["pad"], placement, atlas, iteration, notes
-    )
+    padded = sizes["vocab"] + sizes["pad"]
+    return ImportPlan(source, architecture, model, mesh, stored, target, padded, placement, atlas, iteration, notes)
 
 
 def _stored_dtype(source: HfDirectory, values: dict[str, Any]) -> tuple[DType, list[str]]:
@@ -138,14 +144,14 @@ def _layer_in_name(tensor: McoreTensor) -> int:
     return int(tensor.name[len(pattern.split("{l}", maxsplit=1)[0]) :].split(".", 1)[0])
 
 
-def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, progress: Progress) -> dict[str, Any]:
+def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> dict[str, Any]:
     """Write the whole checkpoint into the folder `work`. Returns the manifest's table."""
     folder = work / plan.folder
     folder.mkdir()
     writer = TorchDistWriter(folder, plan.placement)
     try:
         writer.prepare()
-        digests = stream_import(plan, writer, workers, progress)
+        digests = stream_import(plan, writer.write, workers, tally)
         crcs = writer.finish(sync)
     finally:
         writer.close()
@@ -154,35 +160,42 @@ def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, progre
     return write_side_files(plan, work, digests, crcs, sync)
 
 
-def stream_import(plan: ImportPlan, writer: TorchDistWriter, workers: int, progress: Progress) -> dict[str, str]:
+def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> dict[str, str]:
     """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
-    from transcoder.engine import TreeDigest, bands, converted, elements, fill, run_groups, scatter
+    from transcoder.engine import fill, run_groups
 
     views = {shard.name: map_file(plan.source.path / shard.name) for shard in plan.source.shards}
     catalog, digests = plan.source.catalog, dict[str, str]()
 
     def move(tensor: HfTensor) -> None:
-        chunk, tree = catalog[tensor.name].chunks[0], TreeDigest()
-        for start, stop in bands(tensor.shape, plan.stored):
-            size = plan.stored.size
-            data = views[chunk.file][chunk.offset + start * size : chunk.offset + stop * size]
-            band = converted(elements(data, plan.stored), plan.stored, plan.dtype)
-            tree.add(band)
-            scatter(plan.atlas, tensor, start, band, writer.write)
-            progress(len(data))
-        digests[tensor.name] = tree.text()
+        digests[tensor.name] = _move(plan, tensor, catalog[tensor.name].chunks[0], views, sink, tally)
 
-    groups: list[list[Callable[[], None]]] = [[], []]
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
+    groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
     for tensor in sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name]):
-        groups[plan.placement.sets[mcore_key(tensor)]].append(lambda tensor=tensor: move(tensor))  # type: ignore[misc]
+        groups[plan.placement.sets[mcore_key(tensor)]].append(partial(move, tensor))
     for family, index in fillers(plan.model):
         key = family.mcore[family.fillers[0][0]].named(index)
-        groups[plan.placement.sets[key]].append(
-            lambda family=family, index=index: fill(plan.atlas, family, index, plan.dtype, writer.write)
-        )  # type: ignore[misc]
+        groups[plan.placement.sets[key]].append(partial(fill, plan.atlas, family, index, plan.dtype, sink))
     run_groups(groups, workers)
     return digests
+
+
+def _move(
+    plan: ImportPlan, tensor: HfTensor, place: Chunk, views: dict[str, memoryview], sink: Sink, tally: Tally
+) -> str:
+    """Send one tensor to its chunks, band by band. Returns its digest."""
+    from transcoder.engine import TreeDigest, bands, converted, elements, scatter
+
+    tree, size = TreeDigest(), plan.stored.size
+    for start, stop in bands(tensor.shape, plan.stored):
+        data = views[place.file][place.offset + start * size : place.offset + stop * size]
+        band = converted(elements(data, plan.stored), plan.stored, plan.dtype)
+        tree.add(band)
+        scatter(plan.atlas, tensor, start, band, sink)
+        tally.moved(len(data))
+    tally.finished(tensor)
+    return tree.text()
 
 
 def mcore_key(tensor: HfTensor) -> str:

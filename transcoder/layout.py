@@ -95,6 +95,15 @@ class Layout:
         """All axis names in reading order."""
         return tuple(axis.name for dim in self.dims for axis in _leaves(dim))
 
+    @property
+    def meshes(self) -> frozenset[str]:
+        """The meshes that cut some part of the tensor.
+
+        >>> sorted(parse("l/each [gate/tp up/tp] h").meshes)
+        ['each', 'tp']
+        """
+        return frozenset(mesh for dim in self.dims for mesh in _meshes(dim))
+
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Extent of every dimension in elements.
 
@@ -206,6 +215,13 @@ def _leaves(node: Node) -> Iterator[Axis]:
     else:
         for item in node.items:
             yield from _leaves(item)
+
+
+def _meshes(node: Node) -> Iterator[str]:
+    if node.mesh:
+        yield node.mesh
+    for item in node.items if isinstance(node, Group) else ():
+        yield from _meshes(item)
 
 
 def _size(node: Node, sizes: Mapping[str, int]) -> int:

@@ -1,4 +1,4 @@
-"""Find and open a Megatron checkpoint: which iteration, which config, which dialect; and bind it to a recipe."""
+"""Open a Megatron checkpoint: which config, which dialect; and bind it to a recipe."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from transcoder.dialects import dialect_of
 from transcoder.errors import Problem, refuse
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
+from transcoder.iterations import find_iteration
 from transcoder.planner import Model, axis_sizes, build_model
 from transcoder.recipes import recipe_for
 from transcoder.spec import DType
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -29,65 +28,19 @@ class Megatron:
     model: Model
     atlas: Atlas
     dtype: DType
+    architecture: str  # the Hugging Face class
     reference: Path  # directory of config.json, tokenizer and the other side files
     manifest: dict[str, Any] | None
 
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes of all weights."""
+        return sum(spec.nbytes for spec in self.store.catalog.values())
 
-def find_iteration(path: Path) -> Path:
-    """The iteration directory for what the user named. Raises InputError listing what exists."""
-    if not path.is_dir():
-        raise refuse("not-found", f"{path}: no such directory; give a Megatron checkpoint")
-    if (path / ".metadata").is_file():
-        return path
-    if (path / "metadata.json").is_file():
-        raise refuse(
-            "unfinished", f"{path} has metadata.json but no .metadata: it is not a complete torch_dist checkpoint"
-        )
-    existing = sorted(entry.name for entry in path.iterdir() if (entry / ".metadata").is_file())
-    if (path / "dist_ckpt" / ".metadata").is_file():
-        return path / "dist_ckpt"
-    if (path / TRACKER).is_file():
-        name = _tracked(path)
-        if name in existing:
-            return path / name
-        raise refuse(
-            "tracker", f"the tracker names {name}", [Problem(file=TRACKER, expected=f"one of {existing}", found=name)]
-        )
-    if len(existing) == 1:
-        return path / existing[0]
-    raise refuse(
-        "no-checkpoint",
-        f"{path} is not a Megatron checkpoint",
-        [Problem(expected="one iteration with .metadata", found=str(existing))],
-    )
-
-
-def _tracked(path: Path) -> str:
-    with (path / TRACKER).open("rb") as file:
-        text = file.read(64).strip()
-    if text == b"release":
-        return "release"
-    if not text.isdigit():
-        raise refuse(
-            "tracker",
-            "the tracker is not a number",
-            [Problem(file=TRACKER, expected="a number or release", found=repr(text))],
-        )
-    name = f"iter_{int(text):07d}"
-    _check_state_tracker(path, int(text))
-    return name
-
-
-def _check_state_tracker(path: Path, iteration: int) -> None:
-    from transcoder.formats.torch_dist import map_file
-    from transcoder.formats.trainstate import step_of
-
-    state = path / "latest_train_state.pt"
-    if state.is_file() and (step := step_of(map_file(state))) != iteration:
-        found = f"{TRACKER} names {iteration}, {state.name} names {step}"
-        raise refuse(
-            "trackers", "two trackers name different iterations; give the iteration's directory", [Problem(found=found)]
-        )
+    @property
+    def files(self) -> list[str]:
+        """Names of the payload files."""
+        return sorted({chunk.file for spec in self.store.catalog.values() for chunk in spec.chunks})
 
 
 def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "") -> Megatron:
@@ -98,7 +51,8 @@ def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "") -> M
     table = manifest.read(folder)
     reference = _reference(folder, hf_model)
     config = read_config(reference)
-    recipe = recipe_for(arch or architecture_of(config))
+    architecture = arch or architecture_of(config)
+    recipe = recipe_for(architecture)
     values = normalise(config)
     dialect = dialect_of(store.tensors)
     sizes = axis_sizes(recipe, values, _most_layers(store))
@@ -108,7 +62,7 @@ def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "") -> M
     check_mcore(model, store.catalog)
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
-    return Megatron(folder, store, model, atlas, _one_dtype(store), reference, table)
+    return Megatron(folder, store, model, atlas, _one_dtype(store), architecture, reference, table)
 
 
 def _most_layers(store: TorchDist) -> int:

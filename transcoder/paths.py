@@ -1,10 +1,10 @@
-"""The destination: refused early, built beside its place, made visible by one rename."""
+"""The destination: refused early, built beside its place, made visible by renames once it is complete."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,57 +12,68 @@ from transcoder.errors import OutputError, Problem, UsageError
 
 
 @contextmanager
-def destination(dst: Path, src: Path, overwrite: bool) -> Iterator[Path]:
+def destination(dst: Path, src: Path, overwrite: bool, stale: Iterable[str] = ()) -> Iterator[Path]:
     """A work folder `DST.partial` that becomes `dst` by one rename; a failed run leaves neither behind.
 
-    Raises OutputError when `dst` is not empty (and not `overwrite`) or a leftover work folder exists, and
-    UsageError when one of `dst` and `src` lies inside the other.
+    With `overwrite` the entries that were made replace those of an existing `dst`, one by one, and the names in
+    `stale` go; everything else in it stays. Raises OutputError when `dst` is not empty (and not `overwrite`) or a
+    leftover work folder exists, UsageError when one of `dst` and `src` lies inside the other.
     """
-    _check_apart(dst, src)
+    check_free(dst, src, overwrite)
     partial = dst.parent / f"{dst.name}.partial"
-    if dst.is_symlink() or (dst.exists() and (not dst.is_dir() or any(dst.iterdir())) and not overwrite):
-        raise _refused(dst, "exists and is not empty", "choose another destination, or give --overwrite")
     try:
         partial.mkdir(parents=True)
     except FileExistsError as error:
         raise _refused(partial, "is left from another run", "remove it if no run is using it") from error
     except OSError as error:
-        raise _refused(partial, str(error), "") from error
+        raise _refused(partial, str(error), "choose a directory that can be written") from error
     try:
         yield partial
-        _publish(partial, dst)
+        _publish(partial, dst, stale)
+    except OutputError:
+        raise
     except OSError as error:
-        raise (
-            error
-            if isinstance(error, OutputError)
-            else _refused(dst, str(error), "free some space or choose another disk")
-        ) from error
+        raise _refused(dst, str(error), "free some space or choose another disk") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refused(path: Path, found: str, hint: str) -> OutputError:
-    return OutputError(
-        f"{path} {found}", kind="destination", problems=[Problem(file=str(path), found=found, hint=hint)]
-    )
-
-
-def _check_apart(dst: Path, src: Path) -> None:
+def check_free(dst: Path, src: Path, overwrite: bool) -> None:
+    """Refuse a destination that cannot be written to. Raises OutputError, UsageError."""
     one, two = dst.resolve(), src.resolve()
     if one.is_relative_to(two) or two.is_relative_to(one):
         raise UsageError(f"{dst} and {src} lie inside one another", kind="destination")
+    if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
+        raise _refused(dst, "is not a directory", "choose another destination")
+    if dst.exists() and any(dst.iterdir()) and not overwrite:
+        raise _refused(dst, "exists and is not empty", "choose another destination, or give --overwrite")
 
 
-def _publish(partial: Path, dst: Path) -> None:
+def _refused(path: Path, found: str, hint: str) -> OutputError:
+    problem = Problem(file=str(path), found=found, hint=hint)
+    return OutputError("the destination cannot be used", kind="destination", problems=[problem])
+
+
+def _publish(partial: Path, dst: Path, stale: Iterable[str]) -> None:
     sync_folders(partial)
-    if dst.exists():
-        old = dst.parent / f"{dst.name}.old"
-        dst.rename(old)
-        partial.rename(dst)
-        shutil.rmtree(old)
+    if dst.exists() and any(dst.iterdir()):
+        _replace_entries(partial, dst, stale)
     else:
-        partial.rename(dst)
+        partial.rename(dst)  # POSIX rename replaces an empty directory
     sync_folder(dst.parent)
+
+
+def _replace_entries(partial: Path, dst: Path, stale: Iterable[str]) -> None:
+    """Folders first, files (trackers, the index) last: until then readers see the old state."""
+    made = sorted(partial.iterdir(), key=lambda entry: (not entry.is_dir() or entry.is_symlink(), entry.name))
+    for entry in made:
+        place = dst / entry.name
+        if place.is_dir() and not place.is_symlink():
+            place.rename(partial / f".replaced-{entry.name}")
+        entry.replace(place)
+    for name in set(stale) - {entry.name for entry in made}:
+        (dst / name).unlink(missing_ok=True)
+    sync_folder(dst)
 
 
 def sync_folders(root: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from transcoder.engine import Array, CheckedChunks, bands, elements, gather
+from transcoder.engine import Array, CheckedChunks, bands, converted, elements, gather
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import map_file
 from transcoder.kernels.casts import to_float32
@@ -34,9 +34,9 @@ def open_view(path: Path, hf_model: Path | None) -> View:
     return megatron_view(open_megatron(path, hf_model))
 
 
-def hf_view(path: Path) -> View:
+def hf_view(path: Path, follow_links: bool = False) -> View:
     """A Hugging Face directory, read in place."""
-    source = open_hf(path)
+    source = open_hf(path, follow_links)
     files = {shard.name: map_file(path / shard.name) for shard in source.shards}
     catalog = source.catalog
 
@@ -50,7 +50,7 @@ def hf_view(path: Path) -> View:
 
 def megatron_view(source: Megatron) -> View:
     """A Megatron checkpoint, gathered through its plan; checksums are compared on the way."""
-    files = {name: map_file(source.path / name) for name in _files(source)}
+    files = {name: map_file(source.path / name) for name in source.files}
     chunks = CheckedChunks(files.__getitem__)
     model = source.model
 
@@ -60,19 +60,31 @@ def megatron_view(source: Megatron) -> View:
     def finish() -> object:
         from transcoder.exporting import check_filler
 
-        return check_filler(source, chunks.fetch)
+        warnings = check_filler(source, chunks.fetch)
+        chunks.finish()
+        return warnings
 
     return View({name: (source.dtype, tensor.shape) for name, tensor in model.hf.items()}, read, finish)
 
 
-def _files(source: Megatron) -> set[str]:
-    return {chunk.file for spec in source.store.catalog.values() for chunk in spec.chunks}
+def cast_view(view: View, dtype: DType) -> View:
+    """The same tensors, converted to another dtype while they are read."""
+
+    def read(name: str, start: int, stop: int) -> Array:
+        return converted(view.read(name, start, stop), view.tensors[name][0], dtype)
+
+    return View({name: (dtype, shape) for name, (_, shape) in view.tensors.items()}, read, view.finish)
 
 
-def compare(one: View, two: View) -> list[dict[str, Any]]:
-    """The differences of two views: tensors on one side only, other shapes or dtypes, other bits."""
+def compare(one: View, two: View, only: set[str] | None = None) -> list[dict[str, Any]]:
+    """The differences of two views: tensors on one side only, other shapes or dtypes, other bits.
+
+    only: names that count; all by default.
+    """
     found: list[dict[str, Any]] = []
     for name in [*one.tensors, *(name for name in two.tensors if name not in one.tensors)]:
+        if only is not None and name not in only:
+            continue
         if name not in one.tensors or name not in two.tensors:
             found.append({"tensor": name, "reason": f"only in the {'second' if name in two.tensors else 'first'}"})
         elif one.tensors[name] != two.tensors[name]:
@@ -80,7 +92,8 @@ def compare(one: View, two: View) -> list[dict[str, Any]]:
             found.append({"tensor": name, "reason": " against ".join(texts)})
         elif difference := _compare(one, two, name):
             found.append(difference)
-    one.finish(), two.finish()
+    if not any("reason" in row for row in found):  # else some chunks were not read to their end
+        one.finish(), two.finish()
     return found
 
 
@@ -96,6 +109,11 @@ def _compare(one: View, two: View, name: str) -> dict[str, Any] | None:
             largest = max(largest, _distance(a[places], b[places], dtype))
     index = [int(i) for i in np.unravel_index(first, shape)] if count and prod(shape) else []
     return {"tensor": name, "first_index": index, "max_abs": largest, "count": count} if count else None
+
+
+def numpy_dtype(dtype: DType) -> str:
+    """NumPy's name for the values of a dtype; the bits where NumPy has no such type."""
+    return dtype.name if dtype.name in ("float16", "float32", "float64") else f"<u{dtype.size}"
 
 
 def _distance(a: Array, b: Array, dtype: DType) -> float:

@@ -1,6 +1,6 @@
 """Megatron's side files: common.pt, metadata.json, trackers, run_config.yaml.
 
-Fields as measured with Megatron-LM 0.15-main and Megatron Bridge 0.3.1: many absent ones load a different model silently.
+Fields as measured with Megatron-LM 0.15-main and Megatron Bridge 0.3.1: without many of them another model is loaded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,21 @@ METADATA_JSON = (
     b'"common_backend": "torch", "common_backend_version": 1}'
 )
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "seq_length",
+    "position_embedding_type",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "normalization",
+    "qk_layernorm",
+)
 
 
 def common_pt(
@@ -35,16 +50,7 @@ def _pairs(values: Mapping[str, object]) -> Pairs:
 
 def arguments(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int) -> dict[str, object]:
     """Megatron-LM's arguments of a dense model."""
-    kept = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
-    kept += (
-        "seq_length",
-        "position_embedding_type",
-        "add_bias_linear",
-        "add_qkv_bias",
-        "normalization",
-        "qk_layernorm",
-    )
-    return {name: fields[name] for name in kept} | {
+    return {name: fields[name] for name in ARGUMENTS} | {
         "group_query_attention": True,
         "max_position_embeddings": fields["seq_length"],
         "rotary_base": int(fields["rotary_base"]),

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,7 @@ def check_tiling(key: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
 
 def _is_grid(boxes: list[Box]) -> bool:
     parts = [sorted(set(intervals)) for intervals in zip(*boxes, strict=True)] if boxes else []
-    disjoint = all(a[1] <= b[0] for dim in parts for a, b in zip(dim, dim[1:], strict=False))
+    disjoint = all(a[1] <= b[0] for dim in parts for a, b in pairwise(dim))
     return disjoint and len(set(boxes)) == len(boxes)
 
 
@@ -263,7 +264,7 @@ def _check_ranges(places: _Places) -> None:
             by_file[item.file].add((item.offset, item.length, "" if items.keys() == {None} else key))
     for file, ranges in by_file.items():
         ordered = sorted(ranges)
-        for (start, length, key), (after, _, other) in zip(ordered, ordered[1:], strict=False):
+        for (start, length, key), (after, _, other) in pairwise(ordered):
             if start + length > after:
                 raise refuse(
                     "metadata",

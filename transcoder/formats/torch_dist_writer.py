@@ -125,7 +125,7 @@ class TorchDistWriter:
         write_all(file, memoryview(item.suffix(crc)), chunk.offset + chunk.nbytes)
 
     def finish(self, sync: bool) -> dict[str, int]:
-        """Close the files, durable if `sync`. Returns the CRC-32 of each. Raises RuntimeError if a chunk is incomplete."""
+        """Close the files, durable if `sync`; returns their CRC-32s. Raises RuntimeError if a chunk is incomplete."""
         open_chunks = [key for key in self.placement.items if key not in self.crcs]
         if open_chunks:
             raise RuntimeError(f"{len(open_chunks)} chunks are incomplete, first {open_chunks[0]}")

@@ -1,0 +1,142 @@
+"""Whether a checkpoint is whole: headers, coverage, checksums, the manifest's digests. No model is needed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from isal.isal_zlib import crc32, crc32_combine
+
+from transcoder import manifest
+from transcoder.errors import DifferenceError, InputError, Problem
+from transcoder.formats.huggingface import open_hf
+from transcoder.formats.torch_dist import TorchDist, map_file, open_torch_dist
+from transcoder.iterations import find_iteration, names_iteration
+from transcoder.progress import Listener, Progress
+from transcoder.spec import Chunk
+
+PIECE = 1 << 20  # bytes of one read
+NOT_DAMAGE = ("not-found", "no-checkpoint", "no-config", "architecture")  # the user named something else
+
+
+def check(directory: Path, quick: bool, sample: float, listener: Listener | None = None) -> dict[str, Any]:
+    """A report of what was checked. Raises DifferenceError listing all damage, InputError when it is no checkpoint.
+
+    quick: read no payloads. sample: percentage of the payloads to read.
+    """
+    try:
+        if is_hf(directory):
+            return _check_hf(directory)
+        return _check_megatron(find_iteration(directory), 0.0 if quick else sample, listener)
+    except InputError as error:
+        if error.kind in NOT_DAMAGE:
+            raise
+        raise DifferenceError(str(error.args[0]), kind=error.kind, problems=error.problems) from error
+
+
+def is_hf(directory: Path) -> bool:
+    """Whether the directory is a Hugging Face one, by its marker file."""
+    return (directory / "config.json").is_file() and not (directory / ".metadata").is_file()
+
+
+def _check_hf(directory: Path) -> dict[str, Any]:
+    source = open_hf(directory)
+    parts = sum(shard.size for shard in source.shards)
+    return {
+        "source": str(directory),
+        "format": "safetensors",
+        "tensors": len(source.catalog),
+        "bytes_read": sum(len(shard.header) for shard in source.shards),
+        "checked": {"files": len(source.shards), "bytes": parts, "checksums": 0, "digests": 0},
+        "warnings": ["safetensors files carry no checksums: headers, index and sizes were checked"],
+    }
+
+
+def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> dict[str, Any]:
+    store = open_torch_dist(folder)
+    rows = {row["name"]: row for row in (manifest.read(folder) or {}).get("files", [])}
+    chunks = _by_file(store)
+    problems = list(_sizes_and_small_files(folder, rows))
+    chunks |= {name: [] for name, row in rows.items() if row["digest"].startswith("crc32") and name not in chunks}
+    total, done, counted = sum(c.nbytes for parts in chunks.values() for _, c in parts), 0, 0
+    for number, (name, parts) in enumerate(sorted(chunks.items())):
+        if sample and (folder / name).is_file():
+            found, checksums = _check_payloads(folder / name, parts, rows.get(name), sample)
+            problems += found
+            counted += checksums
+        done += sum(chunk.nbytes for _, chunk in parts)
+        if listener is not None:
+            listener(Progress(done, total, number + 1, len(chunks)))
+    if problems:
+        raise DifferenceError(f"{folder} is damaged", kind="damage", problems=problems)
+    return {
+        "source": str(folder),
+        "format": "torch_dist",
+        "tensors": len(store.tensors),
+        "bytes_read": total if sample else 0,
+        "checked": {"files": len(chunks), "bytes": total, "checksums": counted, "digests": len(rows)},
+        "warnings": [] if rows else [f"no {manifest.NAME}: only what the format itself records was checked"],
+    }
+
+
+def _by_file(store: TorchDist) -> dict[str, list[tuple[str, Chunk]]]:
+    found = dict[str, list[tuple[str, Chunk]]]()
+    for key, spec in store.catalog.items():
+        for chunk in spec.chunks:
+            found.setdefault(chunk.file, []).append((key, chunk))
+    return found
+
+
+def _sizes_and_small_files(folder: Path, rows: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every file of the manifest: there, of its size, and (payload files apart) with its digest."""
+    for name, row in rows.items():
+        path = folder / name
+        if name.startswith("../") and _tracker_moved_on(folder, path):
+            continue
+        if not path.is_file():
+            yield Problem(file=name, expected=f"{row['size']} bytes", found="no such file", hint="copy it again")
+        elif path.stat().st_size != row["size"]:
+            found = f"{path.stat().st_size} bytes"
+            yield Problem(file=name, expected=f"{row['size']} bytes", found=found, hint="copy it again")
+        elif row["digest"].startswith("xxh3") and manifest.file_digest(map_file(path)) != row["digest"]:
+            found = manifest.file_digest(map_file(path))
+            yield Problem(file=name, expected=row["digest"], found=found, hint="the file was changed")
+
+
+def _tracker_moved_on(folder: Path, path: Path) -> bool:
+    """A tracker's digest counts only while it names this iteration."""
+    return path.is_file() and not names_iteration(path, folder)
+
+
+def _check_payloads(
+    path: Path, parts: list[tuple[str, Chunk]], row: Mapping[str, Any] | None, sample: float
+) -> tuple[list[Problem], int]:
+    """Compare the checksum of every sampled payload and, when all were read, that of the whole file."""
+    view, problems, whole, place, count = map_file(path), [], 0, 0, 0
+    for key, chunk in sorted(parts, key=lambda part: part[1].offset):
+        if not _sampled(key, chunk, sample):
+            continue
+        found = _crc(view[chunk.offset : chunk.offset + chunk.nbytes])
+        gap = view[place : chunk.offset]
+        whole = crc32_combine(crc32(gap, whole), found, chunk.nbytes)
+        place, count = chunk.offset + chunk.nbytes, count + 1
+        if chunk.crc is not None and found != chunk.crc:
+            expected = f"CRC-32 {chunk.crc:08x}"
+            problems.append(Problem(file=path.name, tensor=key, expected=expected, found=f"{found:08x}"))
+    whole = crc32(view[place:], whole)
+    if row is not None and sample >= 100 and not problems and f"crc32:{whole:08x}" != row["digest"]:
+        problems.append(Problem(file=path.name, expected=row["digest"], found=f"crc32:{whole:08x}"))
+    return problems, count
+
+
+def _sampled(key: str, chunk: Chunk, sample: float) -> bool:
+    return sample >= 100 or zlib.crc32(repr((key, chunk.box)).encode()) % 10000 < sample * 100
+
+
+def _crc(data: memoryview) -> int:
+    value = 0
+    for start in range(0, len(data), PIECE):
+        value = crc32(data[start : start + PIECE], value)
+    return value

@@ -1,0 +1,112 @@
+"""What a plan would do, from its integers alone: per rule source → target, cuts and bytes; files; memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from transcoder.exporting import ExportPlan
+from transcoder.importing import ImportPlan
+from transcoder.planner import Family, Model
+from transcoder.reports import export_report, import_report
+from transcoder.spec import Catalog, DType
+
+OVERHEAD = 96 << 20  # bytes: Python, NumPy and the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that was decided and proved, and not begun."""
+
+    direction: str  # "hf2mcore" or "mcore2hf"
+    work: ImportPlan | ExportPlan
+    memory: int  # bytes of buffers
+
+    @cached_property
+    def table(self) -> dict[str, Any]:
+        """The plan as plain values: rules, files, and a bound for the process's anonymous memory in bytes."""
+        rules = [_rule(family, self) for family in self.model.families]
+        return {"rules": rules, "files": list(_files(self.work)), "memory": self.memory + OVERHEAD}
+
+    @property
+    def model(self) -> Model:
+        """The model that is converted."""
+        return self.work.model if isinstance(self.work, ImportPlan) else self.work.source.model
+
+    @property
+    def catalog(self) -> Catalog:
+        """The Megatron side: every stored tensor with its chunks."""
+        return self.work.placement.catalog if isinstance(self.work, ImportPlan) else self.work.source.store.catalog
+
+    @property
+    def dtypes(self) -> tuple[DType, DType]:
+        """Of the source and of the target."""
+        if isinstance(self.work, ImportPlan):
+            return self.work.stored, self.work.dtype
+        return self.work.source.dtype, self.work.dtype
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The report of `transcode plan`; `text` is what `describe` says."""
+        work = self.work
+        facts = import_report(work, "") if isinstance(work, ImportPlan) else export_report(work, "", [])
+        return {**facts, "direction": self.direction, "plan": self.table, "text": self.describe()}
+
+    def describe(self) -> str:
+        """The plan as text, one paragraph per rule."""
+        return "\n".join(_lines(self))
+
+
+def _rule(family: Family, plan: Plan) -> dict[str, Any]:
+    count = sum(1 for _ in family.instances())
+    stored, target = plan.dtypes
+    hf = [f"{side.name} {list(side.layout.shape(family.sizes))}" for side in family.rule.hf]
+    mcore = [f"{side.name} {list(side.layout.shape(family.sizes))}" for side in family.mcore]
+    elements = count * sum(prod(side.layout.shape(family.sizes)) for side in family.rule.hf)
+    forwards = isinstance(plan.work, ImportPlan)
+    return {
+        "rule": " = ".join([family.rule.label, *(f"{side.name} {side.layout.text}" for side in family.rule.hf)]),
+        "source": hf if forwards else mcore,
+        "target": mcore if forwards else hf,
+        "count": count,
+        "bytes": elements * target.size,
+        "cuts": [_cuts(plan.catalog, side.named(dict.fromkeys(side.name_axes, 0))) for side in family.mcore],
+        "codec": "copy" if stored == target else f"cast {stored.name} to {target.name}",
+    }
+
+
+def _cuts(catalog: Catalog, key: str) -> list[int]:
+    """Chunks per dimension."""
+    boxes = [chunk.box for chunk in catalog[key].chunks]
+    return [len(set(intervals)) for intervals in zip(*boxes, strict=True)]
+
+
+def _files(work: ImportPlan | ExportPlan) -> Iterator[dict[str, Any]]:
+    if isinstance(work, ImportPlan):
+        for name, size in work.placement.sizes.items():
+            yield {"name": f"{work.folder}/{name}", "bytes": size}
+    else:
+        for shard in work.shards:
+            yield {"name": shard.name, "bytes": shard.size}
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    table = plan.table
+    for row in table["rules"]:
+        yield from _paragraph(row)
+    yield f"files: {len(table['files'])}"
+    for file in table["files"]:
+        yield f"  {file['bytes']:>16,} bytes  {file['name']}"
+    total = sum(file["bytes"] for file in table["files"])
+    yield f"  {total:>16,} bytes in all; peak memory at most {table['memory'] >> 20} MiB"
+    yield "every source element is read and every target element is written exactly once"
+
+
+def _paragraph(row: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{' + '.join(row['source'] or ['zeros'])} → {' + '.join(row['target'])}"
+    cuts = ", ".join("×".join(map(str, cut)) for cut in row["cuts"])
+    yield f"    {row['rule']}"
+    yield f"    × {row['count']}: {row['bytes']:,} bytes, chunk grid {cuts}, {row['codec']}"

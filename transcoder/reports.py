@@ -1,0 +1,109 @@
+"""What the operations tell: plain values for `--json`, counts as Megatron prints them, sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+from transcoder.errors import UsageError
+from transcoder.exporting import ExportPlan
+from transcoder.importing import ImportPlan
+from transcoder.planner import Model
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def size_of(text: str | int) -> int:
+    """Bytes of a size: `64MiB`, `5GB`, `1000`. Raises UsageError.
+
+    >>> size_of("64MiB"), size_of("5GB"), size_of("512")
+    (67108864, 5000000000, 512)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(text).strip().upper())
+    if match is None or match[2] not in UNITS:
+        raise UsageError(f"{text!r} is not a size; write 64MiB or 5GB", kind="size")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def elements(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Elements of all shapes together."""
+    return sum(prod(shape) for shape in shapes)
+
+
+def about(model: Model, source: object, destination: object, architecture: str) -> dict[str, Any]:
+    """The fields that every converting command reports."""
+    return {
+        "source": str(source),
+        "destination": str(destination),
+        "architecture": architecture,
+        "tensors": len(model.hf),
+        "megatron_parameters": sum(len(f.rule.mcore) for f in model.families for _ in f.instances()),
+        "parameters": elements(tensor.shape for tensor in model.hf.values()),
+    }
+
+
+def costs(started: float, read: int, written: int) -> dict[str, Any]:
+    """Bytes moved, seconds since `started` (monotonic), and the process's largest resident memory in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    seconds = round(time.monotonic() - started, 3)
+    return {"bytes_read": read, "bytes_written": written, "seconds": seconds, "peak_memory": peak}
+
+
+def import_report(plan: ImportPlan, dst: object) -> dict[str, Any]:
+    """What an import does, but for its costs."""
+    mesh = plan.mesh
+    return about(plan.model, plan.source.path, dst, plan.architecture) | {
+        "warnings": list(plan.warnings),
+        "weights_only": plan.model.weights_only(),
+        "iteration": plan.step,
+        "folder": plan.folder,
+        "dtype": plan.dtype.name,
+        "megatron_flags": megatron_flags(plan),
+        "parallel": {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp},
+        "rank_parameters": rank_parameters(plan),
+    }
+
+
+def megatron_flags(plan: ImportPlan) -> list[str]:
+    """Megatron-LM's options that `--use-checkpoint-args` does not take from the checkpoint."""
+    fields = plan.model.fields()
+    return [f"--norm-epsilon {fields['layernorm_epsilon']}", *(["--qk-layernorm"] if fields["qk_layernorm"] else [])]
+
+
+def export_report(plan: ExportPlan, dst: object, warnings: list[str]) -> dict[str, Any]:
+    """What an export does, but for its costs."""
+    source = plan.source
+    ignored = [f"{n} keys {prefix}* are training state and are ignored" for prefix, n in source.store.ignored.items()]
+    return about(source.model, source.path, dst, source.architecture) | {
+        "warnings": [*warnings, *ignored],
+        "dtype": plan.dtype.name,
+    }
+
+
+def rank_parameters(plan: ImportPlan) -> list[dict[str, int]]:
+    """Parameters on every (tensor, pipeline) rank, vocabulary padding included, as Megatron's model build counts."""
+    sharded = {name: _is_sharded(plan, name) for name in plan.model.mcore}
+    width = plan.mesh.stage_ranks
+    own: dict[int, int] = {}
+    shared: dict[int, int] = {}
+    for name, spec in plan.placement.catalog.items():
+        for chunk in spec.chunks:
+            owner = int(chunk.file[2:].split("_", 1)[0])
+            counts, place = (own, owner) if sharded[name] else (shared, owner // width)
+            counts[place] = counts.get(place, 0) + chunk.nbytes // spec.dtype.size
+    return [
+        {"tp": rank, "pp": stage, "parameters": own.get(stage * width + rank, 0) + shared.get(stage, 0)}
+        for stage in range(plan.mesh.pp)
+        for rank in range(plan.mesh.tp)
+    ]
+
+
+def _is_sharded(plan: ImportPlan, name: str) -> bool:
+    tensor = plan.model.mcore[name]
+    return bool(tensor.family.mcore[tensor.part].layout.meshes - {"each"})
