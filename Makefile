@@ -2,20 +2,44 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test
+.PHONY: demo demo-real check test test-full wheel
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
+# The pinned torch first and by itself: left to the resolver it would be a CUDA build of several GB.
 $(VENV)/tests: $(VENV)/base
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,runtime]'
 	touch $@
 
+# A small trained model: import at TP 2 x PP 2, inspect, verify, export, compare by SHA-256.
 demo: $(VENV)/base
 	bash examples/demo.sh
 
+# The same with SmolLM2-135M-Instruct; installs torch and transformers to unpack it.
+demo-real: $(VENV)/tests
+	$(BIN)/pip install -q -c constraints.txt gguf accelerate
+	PYTHON=$(BIN)/python bash examples/demo_real.sh
+
+check: $(VENV)/tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
 test: $(VENV)/tests
-	$(BIN)/python -m pytest tests/formats tests/test_roundtrip.py tests/test_megatron_loads.py transcoder/layout.py transcoder/moves.py transcoder/engine.py transcoder/mesh.py
+	$(BIN)/python -m pytest -m "not slow"
+
+# The full matrices against megatron-core.
+test-full: $(VENV)/tests
+	$(BIN)/python -m pytest -m slow
+
+# A wheel holds what the source tree holds, kernels/ and the schema included.
+wheel: $(VENV)/base
+	rm -rf $(VENV)/wheel && $(BIN)/pip wheel -q --no-deps -w $(VENV)/wheel .
+	$(PYTHON) -m venv $(VENV)/fresh
+	$(VENV)/fresh/bin/pip install -q -c constraints.txt $(VENV)/wheel/*.whl
+	cd $(VENV) && fresh/bin/transcode roundtrip ../examples/tiny-llama --tp 2 --pp 2 --quiet

@@ -1,21 +1,21 @@
-"""The registry: Hugging Face architecture name → recipe. A new architecture is one module in this package."""
+"""The registry: Hugging Face architecture name → recipe. A new architecture is one module in this package with a `RECIPE`."""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Mapping
 from functools import lru_cache
 
 from transcoder.errors import Problem, refuse
 from transcoder.recipe import Recipe
 
-MODULES = ("llama", "qwen2", "qwen3")
-
 
 @lru_cache(maxsize=1)
 def registry() -> Mapping[str, Recipe]:
     """All recipes by the Hugging Face class that they describe."""
-    recipes = [importlib.import_module(f"{__name__}.{module}").RECIPE for module in MODULES]
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    recipes: list[Recipe] = [module.RECIPE for module in modules if hasattr(module, "RECIPE")]
     return {name: recipe for recipe in recipes for name in recipe.hf}
 
 
