@@ -72,7 +72,8 @@ def plan_hf2mcore(
 ) -> ImportPlan:
     """The plan of an import, decided and proved from headers and config alone. Raises TranscoderError.
 
-    tp, pp, ep, etp: sizes of tensor, pipeline, expert and expert-tensor parallelism. layout: `stacked` or `per-layer`.
+    tp, pp, ep, etp: sizes of tensor, pipeline, expert and expert-tensor parallelism. layout: one of the key dialects
+    `stacked`, `per-layer` and `singleton`; by default what Megatron itself uses.
     iteration: `both`, `release` or a number. arch: the Hugging Face class, when the config does not name it.
     """
     from transcoder.importing import plan_import

@@ -75,9 +75,6 @@ def _writing(chosen: Report) -> tuple[bool, Report]:
         raise UsageError("--resume: runs cannot be resumed yet; give the command without it", kind="unsupported")
     if (form := arguments.pop("form", "torch_dist")) != "torch_dist":
         raise UsageError(f"--format {form} cannot be written yet; torch_dist can", kind="unsupported")
-    if arguments.get("layout") == "singleton":
-        message = "--layout singleton cannot be written yet; stacked and per-layer can"
-        raise UsageError(message, kind="unsupported")
     arguments.pop("norm_names", None)  # both spell the keys of dense models alike
     if "no_sync" in arguments:
         arguments["sync"] = not arguments.pop("no_sync")

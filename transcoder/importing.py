@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_hf, ignored_names
-from transcoder.dialects import extra_state_keys
+from transcoder.dialects import DIALECTS, extra_state_keys
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.torch_dist import map_file
@@ -78,6 +78,8 @@ def plan_import(
     follow_links: bool = False,
 ) -> ImportPlan:
     """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
+    if layout and layout not in DIALECTS:
+        raise UsageError(f"layout {layout!r}: give one of {', '.join(DIALECTS)}", kind="layout")
     source = open_hf(src, follow_links)
     catalog = source.catalog
     values = normalise(source.config)

@@ -8,21 +8,23 @@ from typing import Any
 
 import torch
 
+# 4 groups of 3 heads of 6 make q_proj and o_proj square; TP 4 cuts 92 rows of gate into 23, the vocabulary unevenly.
 BASE: dict[str, Any] = {
-    "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4,
-    "intermediate_size": 88, "vocab_size": 259, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "num_hidden_layers": 4, "hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 4,
+    "intermediate_size": 92, "vocab_size": 263, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 12}),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-attn-bias": ("llama", {"attention_bias": True}),
+    "llama-mlp-bias": ("llama", {"mlp_bias": True}),
     "llama-groups": ("llama", {"num_key_value_heads": 2}),
     "mistral": ("mistral", {"sliding_window": 5, "head_dim": 8}),
-    "qwen2": ("qwen2", {"use_sliding_window": False}),
-    "qwen3": ("qwen3", {"head_dim": 12, "use_sliding_window": False}),
+    "qwen2": ("qwen2", {"use_sliding_window": False, "intermediate_size": 72}),
+    "qwen3": ("qwen3", {"head_dim": 8, "use_sliding_window": False}),
 }
 
 

@@ -16,7 +16,16 @@ METADATA_JSON = (
     b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
     b'"common_backend": "torch", "common_backend_version": 1}'
 )
-CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+# What makes a loading model ask for the keys of each dialect; a file that lies here cannot be loaded.
+CONTENT: dict[str, dict[str, object]] = {
+    "stacked": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    "per-layer": {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "non_homogeneous_layers": True,
+    },
+    "singleton": {"singleton_local_shards": True, "chained_optim_avoid_prefix": True},
+}
 
 ARGUMENTS = (
     "num_layers",
@@ -38,9 +47,13 @@ def common_pt(
     fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int, iteration: int, dialect: str
 ) -> bytes:
     """The bytes of common.pt: `args` as an argparse.Namespace of plain values, and what loaders ask for."""
-    content = {**CONTENT, **({"non_homogeneous_layers": True} if dialect == "per-layer" else {})}
     args = Record(Global("argparse", "Namespace"), (), _pairs(arguments(fields, dtype, padded_vocab, tp, pp)))
-    values = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, "content_metadata": content}
+    values = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "content_metadata": dict(CONTENT[dialect]),
+    }
     return archive(dumps(values))
 
 

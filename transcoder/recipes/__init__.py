@@ -1,4 +1,4 @@
-"""The registry: Hugging Face architecture name → recipe. A new architecture is one module in this package with a `RECIPE`."""
+"""The registry: Hugging Face architecture name → recipe. A new architecture is one module here with a `RECIPE`."""
 
 from __future__ import annotations
 
