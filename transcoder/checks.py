@@ -9,6 +9,7 @@ from math import prod
 
 from transcoder.atlas import Atlas
 from transcoder.errors import Problem, refuse
+from transcoder.formats.torch_dist import check_tiling
 from transcoder.planner import HfTensor, Model
 from transcoder.spec import Box, Catalog, DType, TensorSpec, box_shape
 
@@ -89,6 +90,8 @@ def check_coverage(model: Model, atlas: Atlas) -> None:
 
     Cells of a layout are disjoint and chunks tile their tensors, so counts decide. Raises InputError.
     """
+    for name, other in model.mcore.items():
+        check_tiling(name, other.shape, [chunk.box for chunk in atlas.catalog[name].chunks])
     filled: dict[tuple[str, Box], int] = {}
     problems = []
     for tensor in model.hf.values():

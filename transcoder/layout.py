@@ -143,7 +143,8 @@ def parse(text: str) -> Layout:
     dims = _items(tokens, "", text)
     names = [axis.name for dim in dims for axis in _leaves(dim)]
     _check_products(dims, text)
-    if not names and dims:
+    _check_meshes(dims, text)
+    if not names:
         raise LayoutError(f"{text!r}: no axes")
     return Layout(text, dims)
 
@@ -194,8 +195,16 @@ def _mesh(tokens: list[str], text: str) -> str:
 def _check_products(dims: tuple[Node, ...], text: str) -> None:
     for cell_axes in combinations(*(list(_choices(dim)) for dim in dims)):
         names = [name for part in cell_axes for name in part]
-        if len(set(names)) < len(names):
-            raise LayoutError(f"{text!r}: an axis occurs twice in one part")
+        if twice := next((name for i, name in enumerate(names) if name in names[:i]), ""):
+            raise LayoutError(f"{text!r}: axis {twice} occurs twice in one part")
+
+
+def _check_meshes(nodes: tuple[Node, ...], text: str, inside: bool = False) -> None:
+    for node in nodes:
+        if inside and node.mesh:
+            raise LayoutError(f"{text!r}: /{node.mesh} on {node} inside a product or another cut; mark the whole")
+        if isinstance(node, Group):
+            _check_meshes(node.items, text, inside or bool(node.mesh) or node.kind == "(")
 
 
 def _choices(node: Node) -> Iterator[tuple[str, ...]]:
@@ -226,9 +235,15 @@ def _meshes(node: Node) -> Iterator[str]:
 
 def _size(node: Node, sizes: Mapping[str, int]) -> int:
     if isinstance(node, Axis):
-        return sizes[node.name]
+        return _given(node, sizes)
     parts = [_size(item, sizes) for item in node.items]
     return prod(parts) if node.kind == "(" else sum(parts)
+
+
+def _given(axis: Axis, sizes: Mapping[str, int]) -> int:
+    if axis.name not in sizes:
+        raise LayoutError(f"axis {axis.name} has no size")
+    return sizes[axis.name]
 
 
 _Part = tuple[dict[str, int], int, dict[str, int]]  # axis sizes, origin, step per axis
@@ -236,7 +251,7 @@ _Part = tuple[dict[str, int], int, dict[str, int]]  # axis sizes, origin, step p
 
 def _expand(node: Node, sizes: Mapping[str, int]) -> Iterator[_Part]:
     if isinstance(node, Axis):
-        yield {node.name: sizes[node.name]}, 0, {node.name: 1}
+        yield {node.name: _given(node, sizes)}, 0, {node.name: 1}
     elif node.kind == "[":
         offset = 0
         for item in node.items:
