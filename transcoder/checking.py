@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transcoder import manifest
 from transcoder.errors import DifferenceError, InputError, Problem
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import TorchDist, map_file, open_torch_dist
-from transcoder.iterations import find_iteration, names_iteration
+from transcoder.iterations import current_rows, find_iteration
 from transcoder.progress import Listener, Progress
 from transcoder.spec import Chunk
 
@@ -56,9 +56,9 @@ def _check_hf(directory: Path) -> dict[str, Any]:
 
 def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> dict[str, Any]:
     store = open_torch_dist(folder)
-    rows = {row["name"]: row for row in (manifest.read(folder) or {}).get("files", [])}
+    rows = {row["name"]: row for row in current_rows(folder, manifest.read(folder))}
     chunks = _by_file(store)
-    problems = list(_sizes_and_small_files(folder, rows))
+    problems = list(manifest.changed_files(folder, rows.values()))
     chunks |= {name: [] for name, row in rows.items() if row["digest"].startswith("crc32") and name not in chunks}
     total, done, counted = sum(c.nbytes for parts in chunks.values() for _, c in parts), 0, 0
     for number, (name, parts) in enumerate(sorted(chunks.items())):
@@ -87,27 +87,6 @@ def _by_file(store: TorchDist) -> dict[str, list[tuple[str, Chunk]]]:
         for chunk in spec.chunks:
             found.setdefault(chunk.file, []).append((key, chunk))
     return found
-
-
-def _sizes_and_small_files(folder: Path, rows: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every file of the manifest: there, of its size, and (payload files apart) with its digest."""
-    for name, row in rows.items():
-        path = folder / name
-        if name.startswith("../") and _tracker_moved_on(folder, path):
-            continue
-        if not path.is_file():
-            yield Problem(file=name, expected=f"{row['size']} bytes", found="no such file", hint="copy it again")
-        elif path.stat().st_size != row["size"]:
-            found = f"{path.stat().st_size} bytes"
-            yield Problem(file=name, expected=f"{row['size']} bytes", found=found, hint="copy it again")
-        elif row["digest"].startswith("xxh3") and manifest.file_digest(map_file(path)) != row["digest"]:
-            found = manifest.file_digest(map_file(path))
-            yield Problem(file=name, expected=row["digest"], found=found, hint="the file was changed")
-
-
-def _tracker_moved_on(folder: Path, path: Path) -> bool:
-    """A tracker's digest counts only while it names this iteration."""
-    return path.is_file() and not names_iteration(path, folder)
 
 
 def _check_payloads(

@@ -40,7 +40,9 @@ def parse_json(data: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key occurs twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in found and name in names[:i])
+        raise ValueError(f"the key {twice!r} occurs twice")
     return found
 
 
@@ -76,9 +78,30 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
         values["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta")
         values["rope_type"] = rope.get("rope_type") or rope.get("type")
     values["dtype"] = values.get("dtype") or values.get("torch_dtype")
+    _check_types(values)
     if values.get("tie_word_embeddings") is None:
         values["tie_word_embeddings"] = values.get("model_type") not in UNTIED_BY_DEFAULT
     return values
+
+
+NUMBERS = {"rope_theta": 1e18, "rms_norm_eps": 1.0, "max_position_embeddings": 1 << 40}  # positive, at most this
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    problems = [
+        Problem(file="config.json", message=f"{name} = {values[name]!r:.80}", expected=f"a number, at most {limit:g}")
+        for name, limit in NUMBERS.items()
+        if values.get(name) is not None and not _is_number(values[name], limit)
+    ]
+    for name in ("dtype", "rope_type"):
+        if not isinstance(values.get(name), str | None):
+            problems.append(Problem(file="config.json", message=f"{name} = {values[name]!r:.80}", expected="a text"))
+    if problems:
+        raise refuse("config", "the config does not describe a model", problems)
+
+
+def _is_number(value: Any, limit: float) -> bool:
+    return type(value) in (int, float) and 0 < value <= limit
 
 
 UNTIED_BY_DEFAULT = ("llama", "mistral", "qwen2", "qwen3")  # defaults of the classes in transformers

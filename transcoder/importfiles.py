@@ -83,6 +83,7 @@ def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, A
         "direction": "hf2mcore",
         "recipe": plan.model.recipe.name,
         "layout": plan.model.dialect,
+        "folder": plan.folder,
         "source": {
             "kind": "safetensors",
             "files": [{"name": shard.name, "size": shard.size} for shard in plan.source.shards],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.torch_dist import map_file
@@ -75,3 +77,16 @@ def names_iteration(tracker: Path, folder: Path) -> bool:
     except InputError:
         return True
     return (tracker.parent / name).resolve() == folder.resolve()
+
+
+def current_rows(folder: Path, table: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The files that a manifest lists; a tracker counts only while it names the manifest's iteration."""
+    if table is None:
+        return []
+    at_home = folder.name == table["folder"]
+    rows = table["files"]
+    return [r for r in rows if not r["name"].startswith("../") or (at_home and _counts(folder, folder / r["name"]))]
+
+
+def _counts(folder: Path, tracker: Path) -> bool:
+    return tracker.is_file() and names_iteration(tracker, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +78,19 @@ def unpack(text: str) -> bytes:
 def file_digest(data: bytes | memoryview) -> str:
     """The digest of a small file."""
     return f"xxh3-128:{xxhash.xxh3_128(data).hexdigest()}"
+
+
+def changed_files(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Problem]:
+    """Files of the manifest that are absent, of another size or, payload files apart, of another digest."""
+    for row in rows:
+        path, size = folder / row["name"], row["size"]
+        if not path.is_file():
+            found, hint = "no such file", "copy it again"
+        elif path.stat().st_size != size:
+            found, hint = f"{path.stat().st_size} bytes", "the file was changed, or not copied in full"
+        elif row["digest"].startswith("xxh3") and file_digest(path.read_bytes()) != row["digest"]:
+            found, hint = file_digest(path.read_bytes()), "the file was changed"
+        else:
+            continue
+        expected = f"{size} bytes, {row['digest']}"
+        yield Problem(file=row["name"], expected=expected, found=found, hint=hint)

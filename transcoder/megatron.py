@@ -49,6 +49,7 @@ def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "") -> M
     _check_backend(folder)
     store = open_torch_dist(folder)
     table = manifest.read(folder)
+    _check_files(folder, table, hf_model is not None)
     reference = _reference(folder, hf_model)
     config = read_config(reference)
     architecture = arch or architecture_of(config)
@@ -71,13 +72,23 @@ def _most_layers(store: TorchDist) -> int:
 
 def _check_backend(folder: Path) -> None:
     path = folder / "metadata.json"
-    backend = read_json(path, 1 << 20).get("sharded_backend") if path.is_file() else "torch_dist"
+    table = read_json(path, 1 << 20) if path.is_file() else {"sharded_backend": "torch_dist"}
+    backend = table.get("sharded_backend") if isinstance(table, dict) else table
     if backend != "torch_dist":
         raise refuse(
             "format",
             f"sharded backend {backend!r} is not supported",
             [Problem(file="metadata.json", expected="torch_dist")],
         )
+
+
+def _check_files(folder: Path, table: dict[str, Any] | None, other_reference: bool) -> None:
+    """Refuse files that are not those of the manifest, trackers apart; those under hf/ only matter when used."""
+    unused = ("../", "hf/") if other_reference else ("../",)
+    rows = [row for row in (table or {}).get("files", []) if not row["name"].startswith(unused)]
+    problems = list(manifest.changed_files(folder, rows))
+    if problems:
+        raise refuse("changed", "files of the checkpoint are not those that were written", problems)
 
 
 def _reference(folder: Path, hf_model: Path | None) -> Path:

@@ -66,7 +66,7 @@ def arguments(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int,
     return {name: fields[name] for name in ARGUMENTS} | {
         "group_query_attention": True,
         "max_position_embeddings": fields["seq_length"],
-        "rotary_base": int(fields["rotary_base"]),
+        "rotary_base": _whole(fields["rotary_base"]),
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         "swiglu": fields["gated_linear_unit"],
@@ -84,6 +84,11 @@ def arguments(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int,
         "fp16": dtype == "float16",
         "params_dtype": Global("torch", dtype),
     }
+
+
+def _whole(value: float) -> float:
+    """An integer where it is one, as Megatron-LM's own arguments have it."""
+    return int(value) if value == int(value) else value
 
 
 def run_config(fields: Mapping[str, Any], dtype: str) -> str:

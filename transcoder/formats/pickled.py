@@ -63,6 +63,7 @@ ENCODE = Global("_codecs", "encode")
 
 
 def brief(value: object) -> str:
+    """A value as a message shows it."""
     return ascii(value)[:80] if isinstance(value, str | int | float | None) else type(value).__name__
 
 

@@ -110,7 +110,9 @@ def shard_tensors(name: str, header: bytes, size: int) -> tuple[TensorSpec, ...]
             )
         end += spec.chunks[0].nbytes
     if end != size:
-        raise ValueError(f"the tensors end at byte {end}, the file has {size}: truncated or trailing bytes")
+        cut = [spec.name for spec in specs if spec.chunks[0].offset + spec.chunks[0].nbytes > size]
+        where = f", within {cut[0]!r} or before" if cut else ""
+        raise ValueError(f"the tensors end at byte {end}, the file has {size}: truncated or trailing bytes{where}")
     return tuple(specs)
 
 

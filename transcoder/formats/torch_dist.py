@@ -258,11 +258,17 @@ def _overlap(boxes: list[Box]) -> bool:
 
 
 def _check_ranges(places: _Places) -> None:
-    by_file: dict[str, set[tuple[int, int, str]]] = defaultdict(set)
+    """Refuse items that overlap, or two chunks at one place; objects may share one."""
+    by_file: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    shared: dict[str, set[tuple[int, int, str]]] = defaultdict(set)
     for key, items in places.items():
         for item in items.values():
-            by_file[item.file].add((item.offset, item.length, "" if items.keys() == {None} else key))
-    for file, ranges in by_file.items():
+            if items.keys() == {None}:
+                shared[item.file].add((item.offset, item.length, ""))
+            else:
+                by_file[item.file].append((item.offset, item.length, key))
+    for file in by_file.keys() | shared.keys():
+        ranges = [*by_file[file], *shared[file]]
         ordered = sorted(ranges)
         for (start, length, key), (after, _, other) in pairwise(ordered):
             if start + length > after:

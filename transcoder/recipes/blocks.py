@@ -12,7 +12,7 @@ AXES = {
     "l": "num_hidden_layers",
     "h": "hidden_size",
     "g": "num_key_value_heads or num_attention_heads",
-    "q": "num_attention_heads // g",
+    "q": "num_attention_heads // g if num_attention_heads % g == 0 else None",  # no rest
     "d": "head_dim or hidden_size // num_attention_heads",
     "k": "d",
     "v": "d",
