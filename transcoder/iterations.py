@@ -80,13 +80,13 @@ def names_iteration(tracker: Path, folder: Path) -> bool:
 
 
 def current_rows(folder: Path, table: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The files that a manifest lists; a tracker counts only while it names the manifest's iteration."""
+    """The files that a manifest lists; its trackers count only while those present name the manifest's iteration.
+
+    With none present the iteration was copied by itself.
+    """
     if table is None:
         return []
-    at_home = folder.name == table["folder"]
-    rows = table["files"]
-    return [r for r in rows if not r["name"].startswith("../") or (at_home and _counts(folder, folder / r["name"]))]
-
-
-def _counts(folder: Path, tracker: Path) -> bool:
-    return tracker.is_file() and names_iteration(tracker, folder)
+    trackers = [folder / row["name"] for row in table["files"] if row["name"].startswith("../")]
+    present = [tracker for tracker in trackers if tracker.is_file()]
+    at_home = folder.name == table["folder"] and present and all(names_iteration(path, folder) for path in present)
+    return [row for row in table["files"] if at_home or not row["name"].startswith("../")]
