@@ -40,7 +40,7 @@ def hf2mcore(
 
     options: those of `plan_hf2mcore`. progress: called with a `Progress` after every band.
     """
-    from transcoder.importing import run_import
+    from transcoder.importing import run_import, trackers
     from transcoder.paths import check_free, destination
     from transcoder.reports import costs, import_report
 
@@ -49,7 +49,7 @@ def hf2mcore(
     check_free(Path(dst), Path(src), overwrite)
     plan = plan_hf2mcore(src, **options)
     total = sum(spec.nbytes for spec in plan.source.catalog.values())
-    with destination(Path(dst), Path(src), overwrite) as work:
+    with destination(Path(dst), Path(src), overwrite, trackers()) as work:
         run_import(plan, work, workers=hands, sync=sync, tally=Tally(plan.model, total, progress))
         if verify:
             _verify_import(plan, work / plan.folder)
@@ -202,16 +202,19 @@ def roundtrip(
     dst: the result is written to dst/MODEL-NAME; without it nothing is written. options: those of `plan_hf2mcore`.
     megatron_save_path: write the Megatron checkpoint, too, and go through it. megatron_load_path: go through this one.
     """
-    from transcoder.paths import destination
+    from transcoder.paths import check_free, destination
     from transcoder.reports import costs, import_report
     from transcoder.roundtrips import into_files, through_memory
 
     started = time.monotonic()
     hands = worker_count(workers, memory)
+    place = Path(dst) / Path(src).resolve().name if dst else None
+    for path in (place, Path(megatron_save_path) if megatron_save_path else None):
+        if path is not None:
+            check_free(path, Path(src), overwrite)
     work = plan_hf2mcore(src, **options)
     total = sum(spec.nbytes for spec in work.source.catalog.values())
     tally = Tally(work.model, total, progress)
-    place = Path(dst) / Path(src).resolve().name if dst else None
     if megatron_save_path:
         saving: dict[str, Any] = {
             "workers": workers,
@@ -228,9 +231,9 @@ def roundtrip(
     else:
         with destination(place, Path(src), overwrite) as folder:
             into_files(work, folder, hands, sync, tally)
-    written = total if place else 0
+    written = (total if place else 0) + (sum(work.placement.sizes.values()) if megatron_save_path else 0)
     rows = [_row(work, name) for name in work.model.hf]
-    return import_report(work, place or "") | {"verified": rows} | costs(started, total, written)
+    return import_report(work, place) | {"verified": rows} | costs(started, total, written)
 
 
 def _through_files(src: PathLike, megatron: PathLike, place: Path | None, **options: Any) -> None:
@@ -317,7 +320,11 @@ def architectures() -> dict[str, Any]:
     """Every supported Hugging Face class, with the model type that configs name it by."""
     from transcoder.recipes import registry
 
-    rows = [{"name": name, "recipe": recipe.name} for name, recipe in sorted(registry().items())]
+    claims = dict.fromkeys(("names", "mcore", "logits", "quantised", "export"))
+    rows = [
+        {"name": name, "model_type": recipe.hf[name], "recipe": recipe.name, "proved": dict(claims)}
+        for name, recipe in sorted(registry().items())
+    ]
     return {"architectures": rows}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,18 @@ def _needless(device_map: str | None) -> list[str]:
 
 
 def _import(command: str, src: str, dst: str, chosen: Report, warnings: Iterable[str] = ()) -> int:
-    out = console(command, chosen)
-    out.warn(warnings)
+    out = console(command, chosen, src, dst)
 
     def work() -> Report:
         from transcoder import api
 
         dry, arguments = _writing(chosen)
         if dry:
-            return _plan(api.plan_hf2mcore, src, arguments, "hf2mcore")
+            return _plan(api.plan_hf2mcore, src, arguments, "hf2mcore") | {"destination": dst}
         out.say(phrases.import_start(src, dst))
         with out.bar("importing") as bar:
-            return api.hf2mcore(src, dst, progress=bar, **arguments)
+            report = api.hf2mcore(src, dst, progress=bar, **arguments)
+        return report | {"warnings": [*warnings, *report["warnings"]]}
 
     return out.run(work, lambda report: _planned(report) if "text" in report else phrases.import_end(report))
 
@@ -94,8 +95,11 @@ def _iteration(text: str) -> int | str:
 def _plan(planner: Callable[..., Any], src: str, arguments: Report, command: str) -> Report:
     from inspect import signature
 
+    from transcoder.api import worker_count
     from transcoder.description import Plan
     from transcoder.reports import size_of
+
+    worker_count(arguments["workers"], arguments["memory"])
 
     names = signature(planner).parameters
     kept = {name: value for name, value in arguments.items() if name in names}
@@ -125,14 +129,14 @@ def export(megatron_path: str, hf_path: str, **chosen: Any) -> int:
 
 
 def _export(command: str, src: str, dst: str, chosen: Report) -> int:
-    out = console(command, chosen)
+    out = console(command, chosen, src, dst)
 
     def work() -> Report:
         from transcoder import api
 
         dry, arguments = _writing(chosen)
         if dry:
-            return _plan(api.plan_mcore2hf, src, arguments, "mcore2hf")
+            return _plan(api.plan_mcore2hf, src, arguments, "mcore2hf") | {"destination": dst}
         out.say(phrases.export_start(src, dst))
         with out.bar("exporting") as bar:
             return api.mcore2hf(src, dst, progress=bar, **arguments)
@@ -151,7 +155,7 @@ def _export(command: str, src: str, dst: str, chosen: Report) -> int:
 @options(GRID, ARCH, LINKS, COST, COMMON)
 def roundtrip(src: str | None, dst: str | None, hf_model_id: str | None, output_dir: str | None, **chosen: Any) -> int:
     """There and back, every bit compared; without DST nothing is written."""
-    out = console("roundtrip", chosen)
+    out = console("roundtrip", chosen, src or hf_model_id, dst or output_dir)
 
     def work() -> Report:
         from transcoder import api
@@ -170,7 +174,7 @@ def roundtrip(src: str | None, dst: str | None, hf_model_id: str | None, output_
 @options(GRID, MEGATRON, HUGGING_FACE, DTYPE, ARCH, LINKS, COST, COMMON)
 def plan(src: str, **chosen: Any) -> int:
     """What hf2mcore or mcore2hf would do, from headers alone."""
-    out = console("plan", chosen)
+    out = console("plan", chosen, src)
 
     def work() -> Report:
         from transcoder import api
@@ -191,7 +195,7 @@ def verify(one: str, two: str, **chosen: Any) -> int:
     """Compare two checkpoints of any format, logically and bit for bit."""
     from transcoder import api
 
-    out = console("verify", chosen)
+    out = console("verify", chosen, one, two)
     return out.run(
         lambda: api.verify(one, two), lambda report: [f"✅ {report['tensors']} tensors are equal bit for bit"]
     )
@@ -204,7 +208,7 @@ def verify(one: str, two: str, **chosen: Any) -> int:
 @options(COMMON)
 def check(directory: str, quick: bool, sample: float, **chosen: Any) -> int:
     """Is this checkpoint whole: headers, coverage, checksums, digests."""
-    out = console("check", chosen)
+    out = console("check", chosen, directory)
 
     def work() -> Report:
         from transcoder import api
@@ -234,7 +238,7 @@ def inspect(directory: str, as_tree: bool, **chosen: Any) -> int:
 
         return tree(report) if as_tree else table(report)
 
-    return console("inspect", chosen).run(lambda: api.inspect(directory), lines)
+    return console("inspect", chosen, directory).run(lambda: api.inspect(directory), lines)
 
 
 @cli.command()
@@ -248,6 +252,9 @@ def architectures(**chosen: Any) -> int:
 
 def main() -> None:
     """The entry point of `transcode`: usage errors keep the JSON promise, too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names and phrases that the terminal cannot show
     try:
         status = cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -261,6 +268,9 @@ def main() -> None:
 
 def _usage(error: click.ClickException) -> int:
     context = getattr(error, "ctx", None)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return 2
     out = Console(context.info_name if context and context.parent else "transcode", "--json" in sys.argv)
     hint = f"{error.format_message()} (see {context.command_path} --help)" if context else error.format_message()
     return out.fail(hint, 2, {"code": 2, "kind": "usage", "message": hint, "problems": []}, {})

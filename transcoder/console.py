@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import TranscoderError
@@ -22,8 +23,14 @@ FIELDS += ["bytes_read", "bytes_written", "seconds", "peak_memory"]
 REPORT_US = "this is a bug of transcode: please report it with the output of the same command and --log-level debug"
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; not an Exception, so that nothing but the cleaning up catches it."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """A signal arrived; not an Exception, so that nothing but the cleaning up catches it."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Console:
     quiet: bool = False
     progress: bool = True
     level: str = "info"
+    known: Mapping[str, str] = field(default_factory=dict)  # what a failure can tell: source and destination
 
     def say(self, lines: Iterable[str]) -> None:
         """Lines of the result."""
@@ -65,25 +73,27 @@ class Console:
     def run(self, work: Callable[[], dict[str, Any]], lines: Callable[[dict[str, Any]], Iterable[str]]) -> int:
         """Do the work and tell its result. Returns the exit status."""
         try:
-            with _terminable():
+            with _stoppable():
                 report = work()
                 self.warn(report.get("warnings", ()))
                 self.say(lines(report))
+                self._emit({"status": "ok", **report})
         except TranscoderError as error:
             return self.fail(error, error.exit_code, error.as_json(), error.report)
-        except KeyboardInterrupt as error:
-            return self._interrupted(error, 130)
-        except Terminated as error:
-            return self._interrupted(error, 143)
+        except Stopped as stop:
+            return self._other("interrupted; nothing is left at the destination", "interrupted", stop.code)
+        except BrokenPipeError:
+            _close_stdout()
+            return 0
+        except OSError as error:
+            _close_stdout()
+            return self._other(str(error), "environment", 4)
         except Exception as error:
-            text = f"{type(error).__name__}: {error}; {REPORT_US}"
-            return self.fail(text, 1, {"code": 1, "kind": "internal", "message": text, "problems": []}, {})
-        self._emit({"status": "ok", **report})
+            return self._other(f"{type(error).__name__}: {error}; {REPORT_US}", "internal", 1)
         return 0
 
-    def _interrupted(self, error: BaseException, code: int) -> int:
-        text = "interrupted; nothing is left at the destination"
-        return self.fail(text, code, {"code": code, "kind": "interrupted", "message": text, "problems": []}, {})
+    def _other(self, text: str, kind: str, code: int) -> int:
+        return self.fail(text, code, {"code": code, "kind": kind, "message": text, "problems": []}, {})
 
     def fail(self, message: object, code: int, table: dict[str, Any], report: dict[str, Any]) -> int:
         """Tell an error. Returns `code`."""
@@ -96,19 +106,28 @@ class Console:
     def _emit(self, table: dict[str, Any]) -> None:
         if self.as_json:
             head = {"status": table["status"], "command": self.command}
-            filled = {**head, **dict.fromkeys(FIELDS), "warnings": [], **table}
-            print(json.dumps(filled, ensure_ascii=False), flush=True)
+            filled = {**head, **dict.fromkeys(FIELDS), "warnings": [], **self.known, **table}
+            print(json.dumps(filled), flush=True)
+
+
+def _close_stdout() -> None:
+    """Nobody reads it any more, or it is full: keep the interpreter from flushing it at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as an exception in this block, so that a failed run cleans up."""
+def _stoppable() -> Iterator[None]:
+    """The first signal of `SIGNALS` as an exception in this block; later ones must not disturb the cleaning up."""
 
     def stop(number: int, frame: object) -> None:
-        raise Terminated
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

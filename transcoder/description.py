@@ -52,7 +52,7 @@ class Plan:
     def report(self) -> dict[str, Any]:
         """The report of `transcode plan`; `text` is what `describe` says."""
         work = self.work
-        facts = import_report(work, "") if isinstance(work, ImportPlan) else export_report(work, "", [])
+        facts = import_report(work, None) if isinstance(work, ImportPlan) else export_report(work, None, [])
         return {**facts, "direction": self.direction, "plan": self.table, "text": self.describe()}
 
     def describe(self) -> str:

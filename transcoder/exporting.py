@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transcoder import manifest
-from transcoder.errors import Problem, refuse
+from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
 from transcoder.formats.torch_dist import map_file
@@ -43,6 +43,8 @@ def plan_export(
     source: Megatron, hf_model: Path | None = None, *, dtype: str = "", max_shard: int = 5_000_000_000
 ) -> ExportPlan:
     """Where every exported tensor goes: the original shards if known, else shards of at most `max_shard` bytes."""
+    if max_shard < 1:
+        raise UsageError("--max-shard-size: give a size of 1 byte or more", kind="size")
     target = DTYPES[dtype] if dtype else source.dtype
     headers, index = _known_headers(source, hf_model)
     shards = _restored(source, headers, target)

@@ -36,7 +36,7 @@ def write_side_files(
         if is_tokenizer_file(name):
             files[f"tokenizer/{name}"] = data
     last = {".metadata": metadata(plan.placement), "metadata.json": METADATA_JSON}
-    trackers = _trackers(plan)
+    trackers = _trackers(plan, linked=plan.iteration == "both" and _link(work / "release", plan.folder))
     rows = [
         {"name": name, "size": len(data), "digest": manifest.file_digest(data)}
         for name, data in {**files, **last}.items()
@@ -53,15 +53,22 @@ def write_side_files(
         write_file(folder / name, data, sync)
     for name, data in trackers.items():
         write_file(work / name, data, sync)
-    if plan.iteration == "both":
-        (work / "release").symlink_to(plan.folder)
     return table
 
 
-def _trackers(plan: ImportPlan) -> dict[str, bytes]:
+def _link(link: Path, folder: str) -> bool:
+    """Whether the link could be made: some file systems have none."""
+    try:
+        link.symlink_to(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _trackers(plan: ImportPlan, linked: bool) -> dict[str, bytes]:
     if plan.iteration == "release":
         return {TEXT_TRACKER: b"release"}
-    text = "release" if plan.iteration == "both" else str(plan.step)
+    text = "release" if linked else str(plan.step)
     return {TEXT_TRACKER: text.encode(), STATE_TRACKER: train_state(plan.step)}
 
 

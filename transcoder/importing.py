@@ -17,6 +17,7 @@ from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import SETS, Placement, TorchDistWriter, Wanted, place
 from transcoder.hfconfig import architecture_of, normalise
+from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
 from transcoder.layout import LayoutError
 from transcoder.mesh import Mesh
 from transcoder.planner import HfTensor, McoreTensor, Model, axis_sizes, build_model
@@ -80,6 +81,8 @@ def plan_import(
     """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
     if layout and layout not in DIALECTS:
         raise UsageError(f"layout {layout!r}: give one of {', '.join(DIALECTS)}", kind="layout")
+    if divisor < 1:
+        raise UsageError(f"--make-vocab-size-divisible-by {divisor}: give a number of 1 or more", kind="vocabulary")
     source = open_hf(src, follow_links)
     catalog = source.catalog
     values = normalise(source.config)
@@ -198,6 +201,11 @@ def _move(
         tally.moved(len(data))
     tally.finished(tensor)
     return tree.text()
+
+
+def trackers() -> set[str]:
+    """Names of the trackers that this import writes or makes wrong."""
+    return {TEXT_TRACKER, STATE_TRACKER}
 
 
 def mcore_key(tensor: HfTensor) -> str:

@@ -10,6 +10,7 @@ import click
 from transcoder.console import LEVELS, Console
 
 F = TypeVar("F", bound=Callable[..., Any])
+FORMATS = click.Choice(["torch_dist", "zarr", "zarr3"])
 DTYPES = click.Choice(["bfloat16", "float16", "float32"])
 AXES = {"tp": "tensor", "pp": "pipeline", "ep": "expert", "etp": "expert tensor"}
 
@@ -18,7 +19,7 @@ GRID = [
     for name, label in AXES.items()
 ]
 MEGATRON = [
-    click.option("--format", "form", default="torch_dist", type=click.Choice(["torch_dist", "zarr", "zarr3"])),
+    click.option("--format", "form", default="torch_dist", type=FORMATS, metavar="torch_dist|zarr|zarr3"),
     click.option(
         "--layout", default=None, type=click.Choice(["stacked", "per-layer", "singleton"]), help="key dialect"
     ),
@@ -64,7 +65,8 @@ def options(*groups: list[Any]) -> Callable[[F], F]:
     return add
 
 
-def console(command: str, chosen: dict[str, Any]) -> Console:
+def console(command: str, chosen: dict[str, Any], source: str | None = None, destination: str | None = None) -> Console:
     """Take the common options out of `chosen`."""
+    known = {name: text for name, text in (("source", source), ("destination", destination)) if text is not None}
     as_json, quiet = chosen.pop("as_json"), chosen.pop("quiet")
-    return Console(command, as_json, quiet, not chosen.pop("no_progress"), chosen.pop("log_level"))
+    return Console(command, as_json, quiet, not chosen.pop("no_progress"), chosen.pop("log_level"), known)

@@ -21,13 +21,10 @@ def destination(dst: Path, src: Path, overwrite: bool, stale: Iterable[str] = ()
     """
     check_free(dst, src, overwrite)
     partial = dst.parent / f"{dst.name}.partial"
+    if partial.exists():
+        raise _refused(partial, "is left from another run", "remove it if no run is using it")
     try:
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise _refused(partial, "is left from another run", "remove it if no run is using it") from error
-    except OSError as error:
-        raise _refused(partial, str(error), "choose a directory that can be written") from error
-    try:
+        _make(partial)
         yield partial
         _publish(partial, dst, stale)
     except OutputError:
@@ -36,6 +33,13 @@ def destination(dst: Path, src: Path, overwrite: bool, stale: Iterable[str] = ()
         raise _refused(dst, str(error), "free some space or choose another disk") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make(partial: Path) -> None:
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise _refused(partial, str(error), "choose a directory that can be written") from error
 
 
 def check_free(dst: Path, src: Path, overwrite: bool) -> None:
@@ -68,7 +72,9 @@ def _replace_entries(partial: Path, dst: Path, stale: Iterable[str]) -> None:
     made = sorted(partial.iterdir(), key=lambda entry: (not entry.is_dir() or entry.is_symlink(), entry.name))
     for entry in made:
         place = dst / entry.name
-        if place.is_dir() and not place.is_symlink():
+        if place.is_symlink():
+            place.unlink()
+        elif place.is_dir():
             place.rename(partial / f".replaced-{entry.name}")
         entry.replace(place)
     for name in set(stale) - {entry.name for entry in made}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 Report = Mapping[str, Any]
@@ -36,17 +37,17 @@ def import_start(src: str, dst: str) -> Iterator[str]:
 
 
 def parallel(report: Report) -> Iterator[str]:
-    """The four sizes of the grid."""
+    """The four sizes of the grid, and the parameters on each of its ranks."""
     for name, label in SIZES.items():
         yield f"{label}: {report['parallel'][name]}"
+    for row in report["rank_parameters"]:
+        place = f"({row['tp']}, {row['pp']})"
+        yield f" > number of parameters on (tensor, pipeline) model parallel rank {place}: {row['parameters']}"
 
 
 def import_end(report: Report) -> Iterator[str]:
     """After an import: counts, the tree that was written, and the commands that load it."""
     yield from parallel(report)
-    for row in report["rank_parameters"]:
-        place = f"({row['tp']}, {row['pp']})"
-        yield f" > number of parameters on (tensor, pipeline) model parallel rank {place}: {row['parameters']}"
     yield f"Loading from {report['source']} … {_all_of(report)}"
     grid = f"[ t 1/{report['parallel']['tp']}, p 1/{report['parallel']['pp']} ]"
     yield f"  successfully saved checkpoint from iteration {report['iteration']:>7} to {report['destination']} {grid}"
@@ -63,13 +64,14 @@ def _entries(folder: Path) -> list[str]:
 
 def next_steps(report: Report) -> Iterator[str]:
     """The commands that load an imported checkpoint, with its real path."""
-    root = Path(report["destination"]).absolute()
-    folder, model = root / report["folder"], Path(report["source"]).absolute()
+    path = Path(report["destination"]).absolute()
+    root, folder, model = (quote(str(p)) for p in (path, path / report["folder"], Path(report["source"]).absolute()))
+    inner = str(path / report["folder"])
     dtype = {"bfloat16": " --bf16", "float16": " --fp16"}.get(report["dtype"], "")
     extra = "".join(f" {flag}" for flag in report["megatron_flags"])
     yield "Load it with"
     yield f"  Megatron-LM      pretrain_gpt.py --load {root} --use-checkpoint-args --finetune{dtype}{extra} …"
-    yield f"  Megatron Bridge  checkpoint.pretrained_checkpoint={root}, or bridge.load_megatron_model('{folder}')"
+    yield f"  Megatron Bridge  checkpoint.pretrained_checkpoint={root}, or bridge.load_megatron_model({inner!r})"
     yield (
         "  verl             actor_rollout_ref.actor.megatron.use_dist_checkpointing=True "
         f"actor_rollout_ref.actor.megatron.dist_checkpointing_path={folder}"

@@ -61,7 +61,7 @@ class Recipe:
     """One architecture family: everything that is known about it, as data."""
 
     name: str
-    hf: tuple[str, ...]
+    hf: Mapping[str, str]  # Hugging Face class → model_type
     axes: Mapping[str, str]
     rules: tuple[Rule, ...]
     extra_state: tuple[tuple[str, str], ...]

@@ -35,11 +35,11 @@ def elements(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(prod(shape) for shape in shapes)
 
 
-def about(model: Model, source: object, destination: object, architecture: str) -> dict[str, Any]:
+def about(model: Model, source: object, destination: object | None, architecture: str) -> dict[str, Any]:
     """The fields that every converting command reports."""
     return {
         "source": str(source),
-        "destination": str(destination),
+        "destination": None if destination is None else str(destination),
         "architecture": architecture,
         "tensors": len(model.hf),
         "megatron_parameters": sum(len(f.rule.mcore) for f in model.families for _ in f.instances()),

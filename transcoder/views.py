@@ -86,15 +86,19 @@ def compare(one: View, two: View, only: set[str] | None = None) -> list[dict[str
         if only is not None and name not in only:
             continue
         if name not in one.tensors or name not in two.tensors:
-            found.append({"tensor": name, "reason": f"only in the {'second' if name in two.tensors else 'first'}"})
+            found.append(_incomparable(name, f"only in the {'second' if name in two.tensors else 'first'}"))
         elif one.tensors[name] != two.tensors[name]:
             texts = [f"{dtype.name} {list(shape)}" for dtype, shape in (one.tensors[name], two.tensors[name])]
-            found.append({"tensor": name, "reason": " against ".join(texts)})
+            found.append(_incomparable(name, " against ".join(texts)))
         elif difference := _compare(one, two, name):
             found.append(difference)
     if not any("reason" in row for row in found):  # else some chunks were not read to their end
         one.finish(), two.finish()
     return found
+
+
+def _incomparable(name: str, reason: str) -> dict[str, Any]:
+    return {"tensor": name, "first_index": None, "max_abs": None, "count": None, "reason": reason}
 
 
 def _compare(one: View, two: View, name: str) -> dict[str, Any] | None:
@@ -106,9 +110,9 @@ def _compare(one: View, two: View, name: str) -> dict[str, Any] | None:
         if places.size:
             first = first if first >= 0 else start + int(places[0])
             count += int(places.size)
-            largest = max(largest, _distance(a[places], b[places], dtype))
+            largest = float(np.maximum(largest, _distance(a[places], b[places], dtype)))  # keeps a NaN
     index = [int(i) for i in np.unravel_index(first, shape)] if count and prod(shape) else []
-    return {"tensor": name, "first_index": index, "max_abs": largest, "count": count} if count else None
+    return {"tensor": name, "first_index": index, "max_abs": _finite(largest), "count": count} if count else None
 
 
 def numpy_dtype(dtype: DType) -> str:
@@ -121,4 +125,9 @@ def _distance(a: Array, b: Array, dtype: DType) -> float:
         return float("nan")
     with np.errstate(invalid="ignore"):
         gaps = np.abs(to_float32(a, dtype.name).astype(np.float64) - to_float32(b, dtype.name))
-    return float(np.nanmax(gaps)) if np.any(~np.isnan(gaps)) else float("nan")
+    return float(np.max(gaps))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if np.isfinite(value) else None

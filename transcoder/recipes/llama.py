@@ -5,7 +5,7 @@ from transcoder.recipes.blocks import ATTENTION, AXES, BIASES, CHECKS, DENSE, EM
 
 RECIPE = Recipe(
     name="llama",
-    hf=("LlamaForCausalLM", "MistralForCausalLM"),
+    hf={"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"},
     axes=AXES,
     rules=EMBED + ATTENTION + BIASES + GATED_MLP + FINAL,
     extra_state=EXTRA_STATE,

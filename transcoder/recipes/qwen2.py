@@ -5,7 +5,7 @@ from transcoder.recipes.blocks import ATTENTION, AXES, CHECKS, DENSE, EMBED, EXT
 
 RECIPE = Recipe(
     name="qwen2",
-    hf=("Qwen2ForCausalLM",),
+    hf={"Qwen2ForCausalLM": "qwen2"},
     axes=AXES,
     rules=(*EMBED, *ATTENTION, qkv_bias(), *GATED_MLP, *FINAL),
     extra_state=EXTRA_STATE,

@@ -16,7 +16,7 @@ from transcoder.recipes.blocks import (
 
 RECIPE = Recipe(
     name="qwen3",
-    hf=("Qwen3ForCausalLM",),
+    hf={"Qwen3ForCausalLM": "qwen3"},
     axes=AXES | {"d": "head_dim or 128"},
     rules=EMBED + ATTENTION + QK_NORM + GATED_MLP + FINAL,
     extra_state=EXTRA_STATE + QK_NORM_STATE,
