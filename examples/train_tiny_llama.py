@@ -127,7 +127,7 @@ def show(folder: Path) -> None:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         with torch.no_grad():
             answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-        print(f"{prompt!r} -> {tokenizer.decode(answer[0, ids.shape[1]:])!r}")
+        print(f"{prompt!r} -> {tokenizer.decode(answer[0, ids.shape[1] :])!r}")
 
 
 def main() -> None:
