@@ -22,10 +22,11 @@ from transcoder.atlas import Atlas
 from transcoder.errors import Problem, refuse
 from transcoder.formats.torch_dist_writer import PIECE, combined
 from transcoder.kernels.casts import cast
-from transcoder.moves import Run, runs
+from transcoder.moves import Copy, Run, runs
 from transcoder.planner import Family, HfTensor
 from transcoder.spec import Box, Chunk, DType
 
+PAGE = 4096  # bytes
 BAND = 4 << 20  # bytes, a constant of the manifest's digests
 Array = NDArray[Any]
 Sink = Callable[[str, Chunk, int, memoryview], None]  # key, chunk, first payload byte, bytes
@@ -70,14 +71,39 @@ def _strided(band: Array, run: Run) -> Array:
 def gather(atlas: Atlas, tensor: HfTensor, start: int, stop: int, dtype: DType, fetch: Fetch) -> Array:
     """The flat elements [start, stop) of a tensor, collected from the chunks that hold them."""
     band = np.empty(stop - start, dtype=f"<u{dtype.size}")
-    for key, chunk, copy in atlas.pieces(tensor, start, stop):
+    _collect(atlas.pieces(tensor, start, stop), dtype, fetch, band)
+    return band
+
+
+def gather_for(offset: int, atlas: Atlas, tensor: HfTensor, start: int, stop: int, dtype: DType, fetch: Fetch) -> Array:
+    """Like `gather`, to be written at `offset` of a file; a view of the one chunk that holds the range, if one does."""
+    pieces = list(atlas.pieces(tensor, start, stop))
+    if len(pieces) == 1 and pieces[0][2].chunk_steps == (1,) == pieces[0][2].hf_steps:
+        key, chunk, copy = pieces[0]
+        return elements(fetch(key, chunk, copy.chunk * dtype.size, copy.count * dtype.size), dtype)
+    band = aligned((stop - start) * dtype.size, offset).view(f"<u{dtype.size}")
+    _collect(pieces, dtype, fetch, band)
+    return band
+
+
+def _collect(pieces: Iterable[tuple[str, Chunk, Copy]], dtype: DType, fetch: Fetch, band: Array) -> None:
+    for key, chunk, copy in pieces:
         for run in runs(copy):
             data = elements(fetch(key, chunk, run.chunk * dtype.size, run.count * dtype.size), dtype)
             if run.shape:
                 _strided(band, run)[...] = data.reshape(run.shape)
             else:
                 band[run.hf] = data[0]
-    return band
+
+
+def aligned(size: int, offset: int) -> Array:
+    """New memory of `size` bytes, as far from the start of a page as `offset` is.
+
+    malloc puts large blocks at page + 16; some processors copy from there to the start of a page four times slower.
+    """
+    block = np.empty(size + PAGE, np.uint8)
+    skip = (offset - block.__array_interface__["data"][0]) % PAGE
+    return block[skip : skip + size]
 
 
 def fill(atlas: Atlas, family: Family, index: dict[str, int], dtype: DType, sink: Sink) -> None:

@@ -153,8 +153,9 @@ def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally:
     chunks = CheckedChunks(views.__getitem__)
     with shard_files(plan.shards, work, sync) as files:
         groups: list[list[Callable[[], None]]] = [
-            [partial(_move, plan, spec, files[shard.name], chunks.fetch, tally) for spec in shard.tensors]
+            [partial(_move, plan, spec, files[shard.name], chunks.fetch, tally, sync)]
             for shard in plan.shards
+            for spec in shard.tensors
         ]
         run_groups(groups, workers)
         warnings = check_filler(source, chunks.fetch)
@@ -178,18 +179,21 @@ def shard_files(shards: Iterable[Shard], work: Path, sync: bool) -> Iterator[dic
             os.close(file)
 
 
-def _move(plan: ExportPlan, spec: TensorSpec, file: int, fetch: Fetch, tally: Tally) -> None:
+def _move(plan: ExportPlan, spec: TensorSpec, file: int, fetch: Fetch, tally: Tally, flush: bool) -> None:
     """Collect one tensor from its chunks into its place in a shard; compare its digest with the manifest's."""
-    from transcoder.engine import TreeDigest, bands, converted, gather
-    from transcoder.formats.torch_dist_writer import write_all
+    from transcoder.engine import TreeDigest, bands, converted, gather_for
+    from transcoder.formats.torch_dist_writer import start_flush, write_all
 
     source, tree, place = plan.source, TreeDigest(), spec.chunks[0]
     tensor = source.model.hf[spec.name]
     for start, stop in bands(tensor.shape, source.dtype):
-        band = gather(source.atlas, tensor, start, stop, source.dtype, fetch)
+        offset = place.offset + start * plan.dtype.size
+        band = gather_for(offset, source.atlas, tensor, start, stop, source.dtype, fetch)
         tree.add(band)
         data = converted(band, source.dtype, plan.dtype).data.cast("B")
-        write_all(file, data, place.offset + start * plan.dtype.size)
+        write_all(file, data, offset)
+        if flush:
+            start_flush(file, offset, len(data))
         tally.moved(len(data))
     _check_digest(spec.name, plan.digests.get(spec.name, tree.text()), tree.text())
     tally.finished(tensor)

@@ -153,7 +153,7 @@ def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally:
     """Write the whole checkpoint into the folder `work`. Returns the manifest's table."""
     folder = work / plan.folder
     folder.mkdir()
-    writer = TorchDistWriter(folder, plan.placement)
+    writer = TorchDistWriter(folder, plan.placement, sync)
     try:
         writer.prepare()
         digests = stream_import(plan, writer.write, workers, tally)
