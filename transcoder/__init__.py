@@ -28,6 +28,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'transcoder' has no attribute {name!r}")
-    from transcoder import api
+    from transcoder import api, reading
 
-    return getattr(api, name)
+    return getattr(api, name, None) or getattr(reading, name)

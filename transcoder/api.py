@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transcoder.errors import DifferenceError, Problem, UsageError
+from transcoder.errors import PathLike, UsageError
 from transcoder.mesh import Mesh
 from transcoder.progress import Listener, Tally
+from transcoder.reading import same, verify
 
 if TYPE_CHECKING:
     from transcoder.description import Plan
     from transcoder.exporting import ExportPlan
     from transcoder.importing import ImportPlan
-    from transcoder.views import View
 
-PathLike = str | os.PathLike[str]
 MEMORY = 64 << 20  # bytes of buffers
 SMALLEST_MEMORY = 16 << 20  # bytes: two bands and their conversions for one worker
 MAX_SHARD = 5_000_000_000  # bytes
@@ -68,6 +66,7 @@ def plan_hf2mcore(
     make_vocab_size_divisible_by: int = 128,
     iteration: int | str = "both",
     arch: str = "",
+    norm_names: str = "te",
     follow_links: bool = False,
 ) -> ImportPlan:
     """The plan of an import, decided and proved from headers and config alone. Raises TranscoderError.
@@ -86,6 +85,7 @@ def plan_hf2mcore(
         divisor=make_vocab_size_divisible_by,
         iteration=iteration,
         arch=arch,
+        norm_names=norm_names,
         follow_links=follow_links,
     )
 
@@ -95,7 +95,7 @@ def _verify_import(plan: ImportPlan, folder: Path) -> None:
     from transcoder.views import cast_view, hf_view, megatron_view
 
     source = cast_view(hf_view(plan.source.path, follow_links=True), plan.dtype)
-    _same(source, megatron_view(open_megatron(folder, plan.source.path, plan.architecture)), only=set(plan.model.hf))
+    same(source, megatron_view(open_megatron(folder, plan.source.path, plan.architecture)), only=set(plan.model.hf))
 
 
 def worker_count(workers: int, memory: int | str) -> int:
@@ -149,6 +149,7 @@ def plan_mcore2hf(
     hf_model: PathLike | None = None,
     arch: str = "",
     dtype: str = "",
+    expert_layout: str = "like-source",
     max_shard_size: int | str = MAX_SHARD,
 ) -> ExportPlan:
     """The plan of an export, decided and proved from metadata alone. Raises TranscoderError.
@@ -160,14 +161,14 @@ def plan_mcore2hf(
     from transcoder.reports import size_of
 
     reference = Path(hf_model) if hf_model else None
-    megatron = open_megatron(Path(src), reference, arch)
+    megatron = open_megatron(Path(src), reference, arch, "" if expert_layout == "like-source" else expert_layout)
     return plan_export(megatron, reference, dtype=dtype, max_shard=size_of(max_shard_size))
 
 
 def _verify_export(plan: ExportPlan, folder: Path) -> None:
     from transcoder.views import cast_view, hf_view, megatron_view
 
-    _same(cast_view(megatron_view(plan.source), plan.dtype), hf_view(folder))
+    same(cast_view(megatron_view(plan.source), plan.dtype), hf_view(folder))
 
 
 def plan(src: PathLike, *, memory: int | str = MEMORY, **options: Any) -> Plan:
@@ -246,93 +247,3 @@ def _through_files(src: PathLike, megatron: PathLike, place: Path | None, **opti
 def _row(plan: ImportPlan, name: str) -> dict[str, Any]:
     spec = plan.source.catalog[name]
     return {"tensor": name, "shape": list(spec.shape), "dtype": spec.dtype.name, "matches": True}
-
-
-def stream_hf(path: PathLike, hf_model: PathLike | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (Hugging Face name, NumPy array) for each tensor of a checkpoint, one at a time.
-
-    bfloat16, which NumPy lacks, comes as uint16 bits. Raises InputError.
-    """
-    from math import prod
-
-    from transcoder.views import numpy_dtype, open_view
-
-    view = open_view(Path(path), Path(hf_model) if hf_model else None)
-    for name, (dtype, shape) in view.tensors.items():
-        yield name, view.read(name, 0, prod(shape)).view(numpy_dtype(dtype)).reshape(shape)
-
-
-def verify(one: PathLike, two: PathLike) -> dict[str, Any]:
-    """Compare two checkpoints of any format tensor by tensor, bit for bit. Raises DifferenceError with the report."""
-    from transcoder.views import open_view
-
-    started = time.monotonic()
-    views = open_view(Path(one), None), open_view(Path(two), None)
-    report = {"source": str(one), "destination": str(two), "tensors": len(views[0].tensors), "differences": []}
-    try:
-        _same(*views)
-    except DifferenceError as error:
-        error.report |= report | {"differences": error.report["differences"]}
-        raise
-    return report | {"seconds": round(time.monotonic() - started, 3)}
-
-
-def _same(one: View, two: View, only: set[str] | None = None) -> None:
-    """Raise DifferenceError naming every tensor that differs; `only`: names of the first view that count."""
-    from transcoder.views import compare
-
-    differences = compare(one, two, only)
-    if differences:
-        problems = [Problem(tensor=row["tensor"], message=_difference(row)) for row in differences]
-        error = DifferenceError(f"{len(differences)} tensors differ", kind="difference", problems=problems)
-        error.report = {"differences": differences}
-        raise error
-
-
-def _difference(row: dict[str, Any]) -> str:
-    if "reason" in row:
-        return str(row["reason"])
-    return f"{row['count']} elements differ, first at {row['first_index']}, by at most {row['max_abs']}"
-
-
-def check(
-    directory: PathLike, *, quick: bool = False, sample: float = 100.0, progress: Listener | None = None
-) -> dict[str, Any]:
-    """Whether a checkpoint is whole. Raises DifferenceError listing the damage, InputError when it is none.
-
-    quick: read no payloads. sample: percentage of payloads to read.
-    """
-    from transcoder.checking import check as examine
-
-    started = time.monotonic()
-    report = examine(Path(directory), quick, sample, progress)
-    return report | {"seconds": round(time.monotonic() - started, 3)}
-
-
-def inspect(directory: PathLike) -> dict[str, Any]:
-    """What a checkpoint of any supported format holds, from headers alone. Raises InputError."""
-    from transcoder.inspection import inspect as look
-
-    return look(Path(directory))
-
-
-def architectures() -> dict[str, Any]:
-    """Every supported Hugging Face class, with the model type that configs name it by."""
-    from transcoder.recipes import registry
-
-    claims = dict.fromkeys(("names", "mcore", "logits", "quantised", "export"))
-    rows = [
-        {"name": name, "model_type": recipe.hf[name], "recipe": recipe.name, "proved": dict(claims)}
-        for name, recipe in sorted(registry().items())
-    ]
-    return {"architectures": rows}
-
-
-def open_checkpoint(path: PathLike) -> Any:
-    """The catalog of a Hugging Face directory or a Megatron checkpoint: name → TensorSpec. Raises InputError."""
-    from transcoder.checking import is_hf
-    from transcoder.formats.huggingface import open_hf
-    from transcoder.formats.torch_dist import open_torch_dist
-    from transcoder.iterations import find_iteration
-
-    return open_hf(Path(path)).catalog if is_hf(Path(path)) else open_torch_dist(find_iteration(Path(path))).catalog

@@ -25,9 +25,15 @@ def check_hf(model: Model, catalog: Catalog, dtype: DType, ignored: Iterable[str
                     tensor, spec, str(list(tensor.shape)), str(list(spec.shape)), "the config disagrees with the files"
                 )
             )
-        elif spec is not None and spec.dtype != dtype:
+        elif spec is not None and spec.dtype != tensor.family.dtype(dtype):
             problems.append(
-                _problem(tensor, spec, dtype.name, spec.dtype.name, "convert the tensor or correct the config's dtype")
+                _problem(
+                    tensor,
+                    spec,
+                    tensor.family.dtype(dtype).name,
+                    spec.dtype.name,
+                    "convert the tensor or correct the config's dtype",
+                )
             )
     if problems:
         raise refuse("tensors", f"{len(problems)} tensors do not fit recipe {model.recipe.name}", problems)
@@ -62,7 +68,7 @@ def _unknown(model: Model, catalog: Catalog, ignored: set[str]) -> Iterator[Prob
 
 def ignored_names(model: Model, catalog: Catalog) -> set[str]:
     """Tensors of the files that the recipe lists under `ignore`."""
-    patterns = [re.sub(r"\\\{l\\\}", r"\\d+", re.escape(text)) for text in model.recipe.ignore]
+    patterns = [re.sub(r"\\\{[a-z]+\\\}", r"\\d+", re.escape(text)) for text in model.recipe.ignore]
     return {name for name in catalog if any(re.fullmatch(pattern, name) for pattern in patterns)}
 
 
@@ -103,10 +109,9 @@ def check_coverage(model: Model, atlas: Atlas) -> None:
             problems.append(
                 Problem(tensor=tensor.name, expected=f"{prod(tensor.shape)} elements", found=f"{moved} in the chunks")
             )
-    for family in model.families:
-        for index in family.instances():
-            for key, chunk, copy, _ in atlas.fillers(family, index):
-                filled[key, chunk.box] = filled.get((key, chunk.box), 0) + copy.count
+    for _, filler in model.fillers():
+        for chunk, copy in atlas.fillers(filler):
+            filled[filler.key, chunk.box] = filled.get((filler.key, chunk.box), 0) + copy.count
     for name in model.mcore:
         for chunk in atlas.catalog[name].chunks:
             if filled.get((name, chunk.box), 0) != prod(box_shape(chunk.box)):

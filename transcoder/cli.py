@@ -76,7 +76,6 @@ def _writing(chosen: Report) -> tuple[bool, Report]:
         raise UsageError("--resume: runs cannot be resumed yet; give the command without it", kind="unsupported")
     if (form := arguments.pop("form", "torch_dist")) != "torch_dist":
         raise UsageError(f"--format {form} cannot be written yet; torch_dist can", kind="unsupported")
-    arguments.pop("norm_names", None)  # both spell the keys of dense models alike
     if "no_sync" in arguments:
         arguments["sync"] = not arguments.pop("no_sync")
     if "iteration" in arguments:
@@ -193,11 +192,11 @@ def plan(src: str, **chosen: Any) -> int:
 @options(COMMON)
 def verify(one: str, two: str, **chosen: Any) -> int:
     """Compare two checkpoints of any format, logically and bit for bit."""
-    from transcoder import api
+    from transcoder import reading
 
     out = console("verify", chosen, one, two)
     return out.run(
-        lambda: api.verify(one, two), lambda report: [f"✅ {report['tensors']} tensors are equal bit for bit"]
+        lambda: reading.verify(one, two), lambda report: [f"✅ {report['tensors']} tensors are equal bit for bit"]
     )
 
 
@@ -211,10 +210,10 @@ def check(directory: str, quick: bool, sample: float, **chosen: Any) -> int:
     out = console("check", chosen, directory)
 
     def work() -> Report:
-        from transcoder import api
+        from transcoder import reading
 
         with out.bar("checking") as bar:
-            return api.check(directory, quick=quick, sample=sample, progress=bar)
+            return reading.check(directory, quick=quick, sample=sample, progress=bar)
 
     return out.run(work, lambda report: [_whole(report)])
 
@@ -231,23 +230,23 @@ def _whole(report: Report) -> str:
 @options(COMMON)
 def inspect(directory: str, as_tree: bool, **chosen: Any) -> int:
     """Keys, dtypes, shapes, chunk grids, files, parallel layout and config of a checkpoint."""
-    from transcoder import api
+    from transcoder import reading
 
     def lines(report: Report) -> Iterable[str]:
         from transcoder.inspection import table, tree
 
         return tree(report) if as_tree else table(report)
 
-    return console("inspect", chosen, directory).run(lambda: api.inspect(directory), lines)
+    return console("inspect", chosen, directory).run(lambda: reading.inspect(directory), lines)
 
 
 @cli.command()
 @options(COMMON)
 def architectures(**chosen: Any) -> int:
     """The supported architectures."""
-    from transcoder import api
+    from transcoder import reading
 
-    return console("architectures", chosen).run(api.architectures, phrases.architectures)
+    return console("architectures", chosen).run(reading.architectures, phrases.architectures)
 
 
 def main() -> None:

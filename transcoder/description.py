@@ -61,19 +61,20 @@ class Plan:
 
 
 def _rule(family: Family, plan: Plan) -> dict[str, Any]:
-    count = sum(1 for _ in family.instances())
+    count = family.parameters
     stored, target = plan.dtypes
     hf = [f"{side.name} {list(side.layout.shape(family.sizes))}" for side in family.rule.hf]
     mcore = [f"{side.name} {list(side.layout.shape(family.sizes))}" for side in family.mcore]
-    elements = count * sum(prod(side.layout.shape(family.sizes)) for side in family.rule.hf)
+    hf_sides = [(prod(side.layout.shape(family.sizes)), side) for side in family.rule.hf]
+    elements = sum(size for size, side in hf_sides for _ in family.instances(side))
     forwards = isinstance(plan.work, ImportPlan)
     return {
         "rule": " = ".join([family.rule.label, *(f"{side.name} {side.layout.text}" for side in family.rule.hf)]),
         "source": hf if forwards else mcore,
         "target": mcore if forwards else hf,
         "count": count,
-        "bytes": elements * target.size,
-        "cuts": [_cuts(plan.catalog, side.named(dict.fromkeys(side.name_axes, 0))) for side in family.mcore],
+        "bytes": elements * family.dtype(target).size,
+        "cuts": [_cuts(plan.catalog, side.named(next(family.instances(side)))) for side in family.mcore],
         "codec": "copy" if stored == target else f"cast {stored.name} to {target.name}",
     }
 

@@ -4,33 +4,48 @@
     per-layer   decoder.layers.0.mlp.linear_fc1.weight        [2F, H]       models whose layers are not alike
     singleton   decoder.layers.0.mlp.linear_fc1.weight_w, _v  [F, H] each   `singleton_local_shards`
 
+Experts are a leading dimension, after the layers, in the first two, and numbered in the name in the third.
+
 Source: megatron/core/transformer/transformer_block.py and mlp.py (apply_swiglu_sharded_factory), 0.16.1.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product as combinations
 
 from transcoder.errors import refuse
-from transcoder.layout import Group, Node, parse
-from transcoder.recipe import Recipe, Side
+from transcoder.layout import parse
+from transcoder.notation import Group, Node
+from transcoder.recipe import Side
 
 DIALECTS = ("stacked", "per-layer", "singleton")
+_MOVED = {"stacked": ("l", "e"), "per-layer": ("e",), "singleton": ()}  # axes that become leading dimensions
+_DECODER = r"(?:language_model\.)?decoder\.layers\."
 _PARTS = ("_w", "_v")  # names of the two parts of a gated projection, gate first
 
 
 def spellings(side: Side, dialect: str) -> tuple[Side, ...]:
-    """The stored tensors that hold what `side` describes: one, or one per part of a gated projection."""
-    if dialect == "stacked":
-        return (_stacked(side),)
-    return tuple(_parts(side)) if dialect == "singleton" else (side,)
+    """The stored tensors that hold what `side` describes: one, or one per part of a gated projection.
+
+    `side` is written with layer and expert in its name, as `decoder.layers.{l}.mlp.experts.experts.{e}.…`.
+    """
+    if dialect == "singleton":
+        return tuple(_parts(side))
+    moved = _moved(side.name, dialect)
+    layout = " ".join([*(f"{axis}/each" for axis in moved), side.layout.text])
+    return (Side(_without(side.name, moved), parse(layout)),)
 
 
-def _stacked(side: Side) -> Side:
-    if "{l}." not in side.name:
-        return side
-    return Side(side.name.replace("{l}.", "", 1), parse(f"l/each {side.layout.text}"))
+def _moved(name: str, dialect: str) -> list[str]:
+    return [axis for axis in _MOVED[dialect] if f"{{{axis}}}." in name]
+
+
+def _without(name: str, axes: Iterable[str]) -> str:
+    for axis in axes:
+        name = name.replace(f"{{{axis}}}.", "", 1)
+    return name
 
 
 def _parts(side: Side) -> Iterator[Side]:
@@ -51,8 +66,8 @@ def _is_gated(dim: Node) -> bool:
 def dialect_of(keys: Iterable[str]) -> str:
     """`stacked`, `per-layer` or `singleton`, by the keys. Raises InputError when they fit two or none."""
     names = list(keys)
-    numbered = [key for key in names if re.match(r"decoder\.layers\.\d+\.", key)]
-    stacked = [key for key in names if re.match(r"decoder\.layers\.[a-z]", key)]
+    numbered = [key for key in names if re.match(rf"{_DECODER}\d+\.", key)]
+    stacked = [key for key in names if re.match(rf"{_DECODER}[a-z]", key)]
     if bool(numbered) == bool(stacked):
         found = f"{len(numbered)} keys with a layer number, {len(stacked)} without"
         raise refuse("dialect", f"the key dialect is not recognisable: {found}")
@@ -61,13 +76,15 @@ def dialect_of(keys: Iterable[str]) -> str:
     return "singleton" if any(key.endswith(("_w", "_v")) for key in numbered) else "per-layer"
 
 
-def extra_state_keys(recipe: Recipe, layers: int, dialect: str) -> Iterator[str]:
-    """Keys of the objects that a Transformer Engine model asks for, in a dialect."""
-    for module, _ in recipe.extra_state:
-        if "{l}" not in module:
-            yield f"{module}._extra_state/shard_0_1"
-        for layer in range(layers) if "{l}" in module else ():
-            if dialect == "stacked":
-                yield f"{module.replace('{l}.', '')}._extra_state/shard_{layer}_{layers}"
-            else:
-                yield f"{module.format(l=layer)}._extra_state/shard_0_1"
+def extra_state_keys(module: str, dialect: str, layers: Sequence[int], sizes: Mapping[str, int]) -> Iterator[str]:
+    """Keys of the objects that a Transformer Engine model asks for, for one module, in a dialect.
+
+    module: as in `Side.name`, with `{l}` and `{e}`. layers: those that have the module.
+    """
+    moved = _moved(module, dialect)
+    names = [axis for axis in ("l", "e") if f"{{{axis}}}" in module]
+    shape = ".".join(str(sizes[axis]) for axis in moved) or "1"
+    for values in combinations(*(layers if axis == "l" else range(sizes[axis]) for axis in names)):
+        index = dict(zip(names, values, strict=True))
+        place = ".".join(str(index[axis]) for axis in moved) or "0"
+        yield f"{_without(module, moved).format(**index)}._extra_state/shard_{place}_{shape}"

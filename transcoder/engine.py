@@ -23,7 +23,7 @@ from transcoder.errors import Problem, refuse
 from transcoder.formats.torch_dist_writer import PIECE, combined
 from transcoder.kernels.casts import cast
 from transcoder.moves import Copy, Run, runs
-from transcoder.planner import Family, HfTensor
+from transcoder.planner import Filler, HfTensor
 from transcoder.spec import Box, Chunk, DType
 
 PAGE = 4096  # bytes
@@ -106,26 +106,26 @@ def aligned(size: int, offset: int) -> Array:
     return block[skip : skip + size]
 
 
-def fill(atlas: Atlas, family: Family, index: dict[str, int], dtype: DType, sink: Sink) -> None:
+def fill(atlas: Atlas, filler: Filler, dtype: DType, sink: Sink) -> None:
     """Write zeros where no Hugging Face tensor supplies elements."""
     zeros = memoryview(bytes(PIECE))
-    for key, chunk, copy, _ in atlas.fillers(family, index):
+    for chunk, copy in atlas.fillers(filler):
         for run in runs(copy):
             for begin in range(0, run.count * dtype.size, PIECE):
                 size = min(PIECE, run.count * dtype.size - begin)
-                sink(key, chunk, run.chunk * dtype.size + begin, zeros[:size])
+                sink(filler.key, chunk, run.chunk * dtype.size + begin, zeros[:size])
 
 
-def filler_values(
-    atlas: Atlas, family: Family, index: dict[str, int], dtype: DType, fetch: Fetch
-) -> Iterator[tuple[str, str]]:
-    """Key and filler axis of every filler range that holds something other than zeros."""
-    for key, chunk, copy, axis in atlas.fillers(family, index):
+def holds_values(atlas: Atlas, filler: Filler, dtype: DType, fetch: Fetch) -> bool:
+    """Whether filler holds something other than zeros; all of it is read."""
+    found = False
+    for chunk, copy in atlas.fillers(filler):
         for run in runs(copy):
             for begin in range(0, run.count * dtype.size, PIECE):
                 size = min(PIECE, run.count * dtype.size - begin)
-                if np.any(np.frombuffer(fetch(key, chunk, run.chunk * dtype.size + begin, size), np.uint8)):
-                    yield key, axis
+                data = fetch(filler.key, chunk, run.chunk * dtype.size + begin, size)
+                found |= bool(np.any(np.frombuffer(data, np.uint8)))
+    return found
 
 
 class CheckedChunks:

@@ -12,10 +12,12 @@ the rule, what was expected, what was found and the next step.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PathLike = str | os.PathLike[str]
 LISTED_PROBLEMS = 20
 NAME_LIMIT = 120
 

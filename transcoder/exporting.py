@@ -17,7 +17,6 @@ from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
 from transcoder.formats.torch_dist import map_file
-from transcoder.importing import fillers
 from transcoder.megatron import Megatron
 from transcoder.paths import write_file
 from transcoder.progress import Tally
@@ -78,7 +77,8 @@ def _restored(source: Megatron, headers: dict[str, tuple[bytes, int]], dtype: DT
     found = {spec.name: spec for shard in shards for spec in shard.tensors}
     wanted = source.model.hf
     fits = found.keys() == wanted.keys() and all(
-        spec.shape == wanted[name].shape and spec.dtype == dtype for name, spec in found.items()
+        spec.shape == wanted[name].shape and spec.dtype == wanted[name].family.dtype(dtype)
+        for name, spec in found.items()
     )
     return tuple(shards) if fits else None
 
@@ -87,7 +87,7 @@ def _fresh(source: Megatron, dtype: DType, max_shard: int) -> tuple[tuple[Shard,
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in source.model.hf.items():
-        nbytes = prod(tensor.shape) * dtype.size
+        nbytes = prod(tensor.shape) * tensor.family.dtype(dtype).size
         if groups[-1] and size + nbytes > max_shard:
             groups.append([])
             size = 0
@@ -103,9 +103,10 @@ def _fresh(source: Megatron, dtype: DType, max_shard: int) -> tuple[tuple[Shard,
 
 
 def _shard(source: Megatron, file: str, names: list[str], dtype: DType) -> Shard:
-    tensors = [(name, dtype, source.model.hf[name].shape) for name in names]
+    chosen = {name: source.model.hf[name] for name in names}
+    tensors = [(name, tensor.family.dtype(dtype), tensor.shape) for name, tensor in chosen.items()]
     header = emit_header(tensors, {"format": "pt"})
-    size = len(header) + sum(prod(shape) * dtype.size for _, _, shape in tensors)
+    size = len(header) + sum(prod(shape) * each.size for _, each, shape in tensors)
     return Shard(file, size, header, shard_tensors(file, header, size))
 
 
@@ -186,11 +187,12 @@ def _move(plan: ExportPlan, spec: TensorSpec, file: int, fetch: Fetch, tally: Ta
 
     source, tree, place = plan.source, TreeDigest(), spec.chunks[0]
     tensor = source.model.hf[spec.name]
-    for start, stop in bands(tensor.shape, source.dtype):
-        offset = place.offset + start * plan.dtype.size
-        band = gather_for(offset, source.atlas, tensor, start, stop, source.dtype, fetch)
+    stored, target = tensor.family.dtype(source.dtype), tensor.family.dtype(plan.dtype)
+    for start, stop in bands(tensor.shape, stored):
+        offset = place.offset + start * target.size
+        band = gather_for(offset, source.atlas, tensor, start, stop, stored, fetch)
         tree.add(band)
-        data = converted(band, source.dtype, plan.dtype).data.cast("B")
+        data = converted(band, stored, target).data.cast("B")
         write_all(file, data, offset)
         if flush:
             start_flush(file, offset, len(data))
@@ -215,20 +217,17 @@ def _create(path: Path, shard: Shard) -> int:
 
 def check_filler(source: Megatron, fetch: Fetch) -> list[str]:
     """Warn of padding rows that are not zero; refuse a bias that Hugging Face cannot hold and that is not zero."""
-    from transcoder.engine import filler_values
+    from transcoder.engine import holds_values
 
     padded: set[str] = set()
     problems = []
-    for family, index in fillers(source.model):
-        for key, axis in filler_values(source.atlas, family, index, source.dtype, fetch):
-            if axis.startswith("zero"):
-                problems.append(
-                    Problem(
-                        tensor=key, expected="zeros: the Hugging Face model has no such tensor", found="other values"
-                    )
-                )
+    for family, filler in source.model.fillers():
+        if holds_values(source.atlas, filler, family.dtype(source.dtype), fetch):
+            if filler.cell.filler.startswith("zero"):
+                expected = "zeros: the Hugging Face model has no such tensor"
+                problems.append(Problem(tensor=filler.key, rule=filler.rule, expected=expected, found="other values"))
             else:
-                padded.add(key)
+                padded.add(filler.key)
     if problems:
         raise refuse("filler", "the Megatron model holds values that the Hugging Face model cannot", problems)
     return [f"{key}: padding rows are not zero and are dropped" for key in sorted(padded)]

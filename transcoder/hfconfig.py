@@ -73,10 +73,15 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     """Config values with one spelling: `rope_theta`, `rope_type` and `dtype`, whichever release wrote the file."""
     values = dict(config)
+    if isinstance(config.get("text_config"), dict):  # of a model with more than text; ties are declared at the top
+        values |= {key: value for key, value in config["text_config"].items() if key not in _TOP}
+    if isinstance(config.get("vision_config"), dict):
+        values |= {f"vision_{key}": value for key, value in config["vision_config"].items()}
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if isinstance(rope, dict):
         values["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta")
         values["rope_type"] = rope.get("rope_type") or rope.get("type")
+        values["mrope_section"] = rope.get("mrope_section")
     values["dtype"] = values.get("dtype") or values.get("torch_dtype")
     _check_types(values)
     if values.get("tie_word_embeddings") is None:
@@ -84,6 +89,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+_TOP = ("tie_word_embeddings", "architectures", "model_type", "dtype", "torch_dtype")
 NUMBERS = {"rope_theta": 1e18, "rms_norm_eps": 1.0, "max_position_embeddings": 1 << 40}  # positive, at most this
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product as combinations
@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_hf, ignored_names
-from transcoder.dialects import DIALECTS, extra_state_keys
+from transcoder.dialects import DIALECTS
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import SETS, Placement, TorchDistWriter, Wanted, place
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
-from transcoder.layout import LayoutError
 from transcoder.mesh import Mesh
-from transcoder.planner import HfTensor, McoreTensor, Model, axis_sizes, build_model
+from transcoder.notation import LayoutError
+from transcoder.planner import HfTensor, McoreTensor, Model, build_model
 from transcoder.progress import Tally
 from transcoder.recipes import recipe_for
+from transcoder.sizing import axis_sizes
 from transcoder.spec import DTYPES, Chunk, DType
+from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
     from transcoder.engine import Sink
@@ -76,6 +78,7 @@ def plan_import(
     divisor: int = 128,
     iteration: int | str = "both",
     arch: str = "",
+    norm_names: str = "",
     follow_links: bool = False,
 ) -> ImportPlan:
     """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
@@ -83,22 +86,25 @@ def plan_import(
         raise UsageError(f"layout {layout!r}: give one of {', '.join(DIALECTS)}", kind="layout")
     if divisor < 1:
         raise UsageError(f"--make-vocab-size-divisible-by {divisor}: give a number of 1 or more", kind="vocabulary")
+    mesh.check_positive()
     source = open_hf(src, follow_links)
     catalog = source.catalog
     values = normalise(source.config)
     architecture = arch or architecture_of(source.config)
     recipe = recipe_for(architecture)
-    sizes = axis_sizes(recipe, values, len(catalog))
-    mesh.check({"attention heads": sizes["g"] * sizes["q"], "ffn size": sizes["f"], "layers": sizes["l"]})
-    unit = divisor * mesh.tp
-    sizes["pad"] = -sizes["vocab"] % unit
-    model = build_model(recipe, values, sizes, layout or "stacked")
+    values |= import_variants(recipe, catalog, norm_names)
+    sizes = axis_sizes(
+        recipe, values, len(catalog), max([1, *(size for spec in catalog.values() for size in spec.shape)])
+    )
+    sizes["pad"] = -sizes["vocab"] % (divisor * mesh.tp)
+    model = build_model(recipe, values, sizes, layout)
+    mesh.check(model.limits(), sizes["l"])
     stored, warnings = _stored_dtype(source, values)
     ignored = ignored_names(model, catalog)
     check_hf(model, catalog, stored, ignored)
     target = DTYPES[dtype] if dtype else stored
     wanted = [_wanted(tensor, mesh, target) for tensor in model.mcore.values()]
-    placement = place(wanted, list(extra_state_keys(recipe, sizes["l"], model.dialect)), mesh.world)
+    placement = place(wanted, model.objects(), mesh.world)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
     notes = (
@@ -127,26 +133,21 @@ def _stored_dtype(source: HfDirectory, values: dict[str, Any]) -> tuple[DType, l
 
 
 def _wanted(tensor: McoreTensor, mesh: Mesh, dtype: DType) -> Wanted:
+    """Its chunks: box, rank, and the layer, which is the order within a file."""
     family, layout = tensor.family, tensor.family.mcore[tensor.part].layout
-    layers = family.sizes["l"]
+    layers, last = family.sizes["l"], family.rule.stage == "last"
     try:
         cuts = layout.cuts(family.sizes, mesh.sizes)
     except LayoutError as error:
         raise UsageError(f"--tp {mesh.tp}: {tensor.name}: {error}", kind="mesh") from error
-    fixed = _layer_in_name(tensor) if "l" in family.mcore[tensor.part].name_axes else None
     chunks = []
     for parts in combinations(*cuts):
-        at = {name: i for part in parts for name, i in part.at}
-        layer = fixed if fixed is not None else at.get("each") if "l" in family.index else None
-        stage = mesh.stage(layer, layers) if layer is not None else (mesh.pp - 1) * (family.rule.stage == "last")
-        order = layer if layer is not None else layers * (family.rule.stage == "last") - (family.rule.stage == "first")
-        chunks.append((tuple((part.start, part.stop) for part in parts), mesh.rank(stage, at), order))
-    return Wanted(tensor.name, dtype, tensor.shape, tuple(chunks))
-
-
-def _layer_in_name(tensor: McoreTensor) -> int:
-    pattern = tensor.family.mcore[tensor.part].name
-    return int(tensor.name[len(pattern.split("{l}", maxsplit=1)[0]) :].split(".", 1)[0])
+        at = {**tensor.index, **{name: i for part in parts for name, i in part.at}}
+        order = at.get("l", layers if last else -1)
+        stage = mesh.stage(order, layers) if "l" in at else (mesh.pp - 1) * last
+        rank = mesh.rank(stage, at, family.sizes.get("e", 1))
+        chunks.append((tuple((part.start, part.stop) for part in parts), rank, order))
+    return Wanted(tensor.name, family.dtype(dtype), tensor.shape, tuple(chunks))
 
 
 def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> dict[str, Any]:
@@ -179,9 +180,9 @@ def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> d
     groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
     for tensor in sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name]):
         groups[plan.placement.sets[mcore_key(tensor)]].append(partial(move, tensor))
-    for family, index in fillers(plan.model):
-        key = family.mcore[family.fillers[0][0]].named(index)
-        groups[plan.placement.sets[key]].append(partial(fill, plan.atlas, family, index, plan.dtype, sink))
+    for family, filler in plan.model.fillers():
+        job = partial(fill, plan.atlas, filler, family.dtype(plan.dtype), sink)
+        groups[plan.placement.sets[filler.key]].append(job)
     run_groups(groups, workers)
     return digests
 
@@ -192,10 +193,10 @@ def _move(
     """Send one tensor to its chunks, band by band. Returns its digest."""
     from transcoder.engine import TreeDigest, bands, converted, elements, scatter
 
-    tree, size = TreeDigest(), plan.stored.size
-    for start, stop in bands(tensor.shape, plan.stored):
-        data = views[place.file][place.offset + start * size : place.offset + stop * size]
-        band = converted(elements(data, plan.stored), plan.stored, plan.dtype)
+    stored, target, tree = tensor.family.dtype(plan.stored), tensor.family.dtype(plan.dtype), TreeDigest()
+    for start, stop in bands(tensor.shape, stored):
+        data = views[place.file][place.offset + start * stored.size : place.offset + stop * stored.size]
+        band = converted(elements(data, stored), stored, target)
         tree.add(band)
         scatter(plan.atlas, tensor, start, band, sink)
         tally.moved(len(data))
@@ -210,15 +211,8 @@ def trackers() -> set[str]:
 
 def mcore_key(tensor: HfTensor) -> str:
     """The stored key that (the first part of) a Hugging Face tensor goes to."""
-    return tensor.family.mcore[tensor.family.pairs[tensor.part][0][0]].named(tensor.index)
-
-
-def fillers(model: Model) -> Iterator[tuple[Any, dict[str, int]]]:
-    """Every family instance that has filler."""
-    for family in model.families:
-        if family.fillers:
-            for index in family.instances():
-                yield family, index
+    pair = tensor.family.pairs[tensor.part][0]
+    return tensor.family.mcore[pair.part].named({**tensor.index, **pair.fixed})
 
 
 def is_tokenizer_file(name: str) -> bool:

@@ -3,7 +3,7 @@
     layout := dim (space dim)*            one entry per tensor dimension, row-major
     dim    := axis | "(" dim … ")" | "[" dim … "]"        each may carry  /mesh
     ( )  product: flattened together, last fastest        [ ]  sum: laid end to end
-    /tp /ep /etp  cut into that many equal parts          /each  one chunk per index
+    /tp /etp  cut into that many equal parts              /each  one chunk per index of an axis
 
 Choosing one alternative of every `[ ]` gives a `Cell`; the cells of a layout tile its tensor. An axis whose name
 begins with `pad` or `zero` is filler that no other side supplies. This module knows integers only.
@@ -11,48 +11,15 @@ begins with `pad` or `zero` is filler that no other side supplies. This module k
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product as combinations
 from math import prod
 
+from transcoder.notation import Axis, Group, LayoutError, Node, leaves, read
+
 FILLER = ("pad", "zero")
-MESHES = ("tp", "ep", "etp", "each")
-_TOKEN = re.compile(r"\s*([()\[\]]|/?[a-z][a-z0-9_]*)")
-
-
-class LayoutError(ValueError):
-    """The text is not a layout, or its sizes do not fit it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """A named axis."""
-
-    name: str
-    mesh: str = ""
-
-    def __str__(self) -> str:
-        return self.name + (f"/{self.mesh}" if self.mesh else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Dimensions flattened together (`kind` "(") or laid end to end (`kind` "[")."""
-
-    kind: str
-    items: tuple[Node, ...]
-    mesh: str = ""
-
-    def __str__(self) -> str:
-        closing = ")" if self.kind == "(" else "]"
-        inside = " ".join(str(item) for item in self.items)
-        return f"{self.kind}{inside}{closing}" + (f"/{self.mesh}" if self.mesh else "")
-
-
-Node = Axis | Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +34,15 @@ class Cell:
     def key(self) -> frozenset[str]:
         """What identifies the cell among those of a layout: its axes."""
         return frozenset(self.sizes)
+
+    def at(self, fixed: Mapping[str, int]) -> Cell:
+        """The part of the cell where some axes have one value each."""
+        origin = tuple(
+            start + sum(steps[axis] * value for axis, value in fixed.items() if axis in steps)
+            for start, steps in zip(self.origin, self.steps, strict=True)
+        )
+        steps = tuple({axis: step for axis, step in dim.items() if axis not in fixed} for dim in self.steps)
+        return Cell({axis: size for axis, size in self.sizes.items() if axis not in fixed}, origin, steps)
 
     @property
     def filler(self) -> str:
@@ -93,7 +69,7 @@ class Layout:
     @property
     def axes(self) -> tuple[str, ...]:
         """All axis names in reading order."""
-        return tuple(axis.name for dim in self.dims for axis in _leaves(dim))
+        return tuple(axis.name for dim in self.dims for axis in leaves(dim))
 
     @property
     def meshes(self) -> frozenset[str]:
@@ -102,7 +78,18 @@ class Layout:
         >>> sorted(parse("l/each [gate/tp up/tp] h").meshes)
         ['each', 'tp']
         """
-        return frozenset(mesh for dim in self.dims for mesh in _meshes(dim))
+        return frozenset(node.mesh for dim in self.dims for node in _marked(dim))
+
+    def cut_axes(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Each mark of a mesh that cuts into equal parts, with the axes below it.
+
+        >>> list(parse("l/each [gate/tp up/tp] h").cut_axes())
+        [('tp', ('gate',)), ('tp', ('up',))]
+        """
+        for dim in self.dims:
+            for node in _marked(dim):
+                if node.mesh != "each":
+                    yield node.mesh, tuple(axis.name for axis in leaves(node))
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Extent of every dimension in elements.
@@ -139,98 +126,14 @@ def parse(text: str) -> Layout:
     >>> parse("h (g q d)/tp").axes
     ('h', 'g', 'q', 'd')
     """
-    tokens = _tokens(text)
-    dims = _items(tokens, "", text)
-    names = [axis.name for dim in dims for axis in _leaves(dim)]
-    _check_products(dims, text)
-    _check_meshes(dims, text)
-    if not names:
-        raise LayoutError(f"{text!r}: no axes")
-    return Layout(text, dims)
+    return Layout(text, read(text))
 
 
-def _tokens(text: str) -> list[str]:
-    found, place = [], 0
-    while text[place:].strip():
-        match = _TOKEN.match(text, place)
-        if not match:
-            raise LayoutError(f"{text!r}: unexpected {text[place:].strip()[0]!r} at {place}")
-        found.append(match[1])
-        place = match.end()
-    return found[::-1]
-
-
-def _items(tokens: list[str], closing: str, text: str) -> tuple[Node, ...]:
-    items: list[Node] = []
-    while tokens and tokens[-1] != closing:
-        items.append(_item(tokens, text))
-    if closing and not tokens:
-        raise LayoutError(f"{text!r}: missing {closing!r}")
-    if closing:
-        tokens.pop()
-        if not items:
-            raise LayoutError(f"{text!r}: empty group")
-    return tuple(items)
-
-
-def _item(tokens: list[str], text: str) -> Node:
-    token = tokens.pop()
-    if token in "([":
-        items = _items(tokens, ")" if token == "(" else "]", text)
-        return Group(token, items, _mesh(tokens, text))
-    if token in ")]" or token.startswith("/"):
-        raise LayoutError(f"{text!r}: unexpected {token!r}")
-    return Axis(token, _mesh(tokens, text))
-
-
-def _mesh(tokens: list[str], text: str) -> str:
-    if not tokens or not tokens[-1].startswith("/"):
-        return ""
-    name = tokens.pop()[1:]
-    if name not in MESHES:
-        raise LayoutError(f"{text!r}: unknown mesh /{name}; known are {', '.join(MESHES)}")
-    return name
-
-
-def _check_products(dims: tuple[Node, ...], text: str) -> None:
-    for cell_axes in combinations(*(list(_choices(dim)) for dim in dims)):
-        names = [name for part in cell_axes for name in part]
-        if twice := next((name for i, name in enumerate(names) if name in names[:i]), ""):
-            raise LayoutError(f"{text!r}: axis {twice} occurs twice in one part")
-
-
-def _check_meshes(nodes: tuple[Node, ...], text: str, inside: bool = False) -> None:
-    for node in nodes:
-        if inside and node.mesh:
-            raise LayoutError(f"{text!r}: /{node.mesh} on {node} inside a product or another cut; mark the whole")
-        if isinstance(node, Group):
-            _check_meshes(node.items, text, inside or bool(node.mesh) or node.kind == "(")
-
-
-def _choices(node: Node) -> Iterator[tuple[str, ...]]:
-    if isinstance(node, Axis):
-        yield (node.name,)
-    elif node.kind == "[":
-        for item in node.items:
-            yield from _choices(item)
-    else:
-        for parts in combinations(*(list(_choices(item)) for item in node.items)):
-            yield tuple(name for part in parts for name in part)
-
-
-def _leaves(node: Node) -> Iterator[Axis]:
-    if isinstance(node, Axis):
-        yield node
-    else:
-        for item in node.items:
-            yield from _leaves(item)
-
-
-def _meshes(node: Node) -> Iterator[str]:
+def _marked(node: Node) -> Iterator[Node]:
     if node.mesh:
-        yield node.mesh
+        yield node
     for item in node.items if isinstance(node, Group) else ():
-        yield from _meshes(item)
+        yield from _marked(item)
 
 
 def _size(node: Node, sizes: Mapping[str, int]) -> int:
@@ -283,9 +186,11 @@ def _join(parts: tuple[_Part, ...]) -> Cell:
 
 def _cut(node: Node, sizes: Mapping[str, int], mesh: Mapping[str, int], text: str, base: int = 0) -> Iterator[Cut]:
     size = _size(node, sizes)
-    if node.mesh:
-        yield from _equal_parts(node.mesh, size, size if node.mesh == "each" else mesh.get(node.mesh, 1), base, text)
-    elif isinstance(node, Group) and node.kind == "[" and any(axis.mesh for axis in _leaves(node)):
+    if node.mesh == "each":
+        yield from (Cut(base + i, base + i + 1, ((str(getattr(node, "name", "each")), i),)) for i in range(size))
+    elif node.mesh:
+        yield from _equal_parts(node.mesh, size, mesh.get(node.mesh, 1), base, text)
+    elif isinstance(node, Group) and node.kind == "[" and any(axis.mesh for axis in leaves(node)):
         for item in node.items:
             yield from _cut(item, sizes, mesh, text, base)
             base += _size(item, sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_mcore
 from transcoder.dialects import dialect_of
 from transcoder.errors import Problem, refuse
+from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
 from transcoder.iterations import find_iteration
-from transcoder.planner import Model, axis_sizes, build_model
+from transcoder.planner import Model, build_model
 from transcoder.recipes import recipe_for
+from transcoder.sizing import axis_sizes
 from transcoder.spec import DType
+from transcoder.variants import export_variants
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Megatron:
         return sorted({chunk.file for spec in self.store.catalog.values() for chunk in spec.chunks})
 
 
-def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "") -> Megatron:
+def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "", expert_layout: str = "") -> Megatron:
     """The checkpoint, its plan proved. Raises InputError for whatever does not fit."""
     folder = find_iteration(path)
     _check_backend(folder)
@@ -56,14 +60,27 @@ def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "") -> M
     recipe = recipe_for(architecture)
     values = normalise(config)
     dialect = dialect_of(store.tensors)
-    sizes = axis_sizes(recipe, values, _most_layers(store))
-    rows = store.tensors.get("embedding.word_embeddings.weight")
-    sizes["pad"] = max(0, rows[1][0] - sizes["vocab"]) if rows and rows[1] else 0
+    names = _original_names(table, hf_model)
+    values |= export_variants(recipe, store.tensors, dialect == "stacked", names, expert_layout)
+    sizes = axis_sizes(recipe, values, sum(prod(shape) for _, shape, _ in store.tensors.values()), _most_layers(store))
+    sizes["pad"] = max(0, _embedding_rows(store) - sizes["vocab"])
     model = build_model(recipe, values, sizes, dialect)
     check_mcore(model, store.catalog)
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
-    return Megatron(folder, store, model, atlas, _one_dtype(store), architecture, reference, table)
+    return Megatron(folder, store, model, atlas, _one_dtype(model, store), architecture, reference, table)
+
+
+def _original_names(table: dict[str, Any] | None, hf_model: Path | None) -> list[str]:
+    """Names of the original's tensors: those of `hf_model`, if it has weights, else the manifest's."""
+    if hf_model is not None and any(hf_model.glob("*.safetensors")):
+        return list(open_hf(hf_model).catalog)
+    return [row["name"] for row in (table or {}).get("tensors", [])]
+
+
+def _embedding_rows(store: TorchDist) -> int:
+    shapes = [s for key, (_, s, _) in store.tensors.items() if key.endswith("embedding.word_embeddings.weight") and s]
+    return shapes[0][0] if len(shapes) == 1 else 0
 
 
 def _most_layers(store: TorchDist) -> int:
@@ -100,17 +117,16 @@ def _reference(folder: Path, hf_model: Path | None) -> Path:
     )
 
 
-def _one_dtype(store: TorchDist) -> DType:
-    found: dict[DType, list[str]] = {}
-    for key, (dtype, _, _) in store.tensors.items():
-        found.setdefault(dtype, []).append(key)
-    if len(found) == 1:
-        return next(iter(found))
-    main = max(found, key=lambda dtype: len(found[dtype]))
+def _one_dtype(model: Model, store: TorchDist) -> DType:
+    """The dtype of all weights, but for those whose rule has one of its own. Raises InputError listing odd ones."""
+    stored = {key: dtype for key, (dtype, _, _) in store.tensors.items()}
+    common = [stored[key] for key, tensor in model.mcore.items() if not tensor.family.rule.dtype]
+    usual = max(set(common), key=common.count)
     odd = [
-        Problem(tensor=key, expected=main.name, found=dtype.name)
-        for dtype, keys in found.items()
-        if dtype != main
-        for key in keys
+        Problem(tensor=key, rule=tensor.family.rule.label, expected=expected.name, found=stored[key].name)
+        for key, tensor in model.mcore.items()
+        if stored[key] != (expected := tensor.family.dtype(usual))
     ]
-    raise refuse("dtype", "tensors have different dtypes", odd)
+    if odd:
+        raise refuse("dtype", "tensors have other dtypes than they should", odd)
+    return usual

@@ -6,7 +6,7 @@ dense rank is tp + TP·dp; chunks of dense tensors are stored by data-parallel r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,7 +25,7 @@ class Mesh:
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """The sizes by the names that layouts use."""
-        return {"tp": self.tp, "ep": self.ep, "etp": self.etp}
+        return {"tp": self.tp, "etp": self.etp}
 
     @cached_property
     def stage_ranks(self) -> int:
@@ -38,9 +38,14 @@ class Mesh:
         """Number of ranks."""
         return self.stage_ranks * self.pp
 
-    def rank(self, stage: int, at: Mapping[str, int]) -> int:
-        """The rank that stores a chunk of `stage` with the mesh coordinates `at`."""
-        return stage * self.stage_ranks + at.get("tp", 0) + at.get("etp", 0) + self.etp * at.get("ep", 0)
+    def rank(self, stage: int, at: Mapping[str, int], experts: int = 1) -> int:
+        """The rank that stores a chunk of `stage`; `at`: its coordinates on `tp` and `etp`, and its expert `e`.
+
+        >>> Mesh(tp=2, ep=2).rank(0, {"e": 5}, experts=8)
+        1
+        """
+        expert_rank = at.get("e", 0) * self.ep // experts
+        return stage * self.stage_ranks + at.get("tp", 0) + at.get("etp", 0) + self.etp * expert_rank
 
     def stage(self, layer: int, layers: int) -> int:
         """The pipeline stage of a layer; the first `layers % pp` stages have one layer more.
@@ -53,23 +58,25 @@ class Mesh:
             return layer // (small + 1)
         return larger + (layer - larger * (small + 1)) // small
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raise UsageError naming the sizes that fit, when heads, ffn or layers do not fit the grid."""
-        for option, size in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep), ("etp", self.etp)):
-            if size < 1:
-                raise UsageError(f"--{option} {size}: give a number of 1 or more", kind="mesh")
-        for name in ("attention heads", "ffn size"):
-            if facts[name] % self.tp:
-                fits = ", ".join(
-                    str(n) for n in range(1, 129) if all(facts[key] % n == 0 for key in facts if key != "layers")
-                )
-                raise UsageError(
-                    f"--tp {self.tp} does not divide the {facts[name]} {name}; values that fit: {fits}", kind="mesh"
-                )
-        if self.pp > facts["layers"]:
-            raise UsageError(
-                f"--pp {self.pp}: the model has {facts['layers']} layers; values that fit: 1 to {facts['layers']}",
-                kind="mesh",
-            )
-        if self.ep * self.etp > 1:
+    def check_positive(self) -> None:
+        """Raise UsageError for a size below 1."""
+        for option in ("tp", "pp", "ep", "etp"):
+            if getattr(self, option) < 1:
+                raise UsageError(f"--{option} {getattr(self, option)}: give a number of 1 or more", kind="mesh")
+
+    def check(self, limits: Iterable[tuple[str, str, int]], layers: int) -> None:
+        """Raise UsageError naming the sizes that fit, when a part of the model does not fit the grid.
+
+        limits: (mesh, what it cuts, how many of these there are).
+        """
+        for mesh, noun, count in (rows := sorted(set(limits))):
+            if count % getattr(self, mesh):
+                counts = [other for name, _, other in rows if name == mesh]
+                fits = ", ".join(str(n) for n in range(1, 257) if all(other % n == 0 for other in counts))
+                message = f"--{mesh} {getattr(self, mesh)} does not divide the {count} {noun}; values that fit: {fits}"
+                raise UsageError(message, kind="mesh")
+        if self.pp > layers:
+            message = f"--pp {self.pp}: the model has {layers} layers; values that fit: 1 to {layers}"
+            raise UsageError(message, kind="mesh")
+        if self.ep * self.etp > 1 and not any(mesh == "ep" for mesh, _, _ in rows):
             raise UsageError("--ep and --etp: this model has no experts; the value that fits is 1", kind="mesh")

@@ -11,6 +11,7 @@ from transcoder.console import LEVELS, Console
 
 F = TypeVar("F", bound=Callable[..., Any])
 FORMATS = click.Choice(["torch_dist", "zarr", "zarr3"])
+EXPERTS = click.Choice(["like-source", "per-expert", "fused"])
 DTYPES = click.Choice(["bfloat16", "float16", "float32"])
 AXES = {"tp": "tensor", "pp": "pipeline", "ep": "expert", "etp": "expert tensor"}
 
@@ -31,6 +32,7 @@ ARCH = [click.option("--arch", default="", metavar="NAME", help="the Hugging Fac
 DTYPE = [click.option("--dtype", default=None, type=DTYPES, help="convert the weights to this dtype")]
 HUGGING_FACE = [
     click.option("--hf-model", default=None, metavar="DIR", help="config, tokenizer and shard map to use"),
+    click.option("--expert-layout", default="like-source", type=EXPERTS, metavar="like-source|per-expert|fused"),
     click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE"),
 ]
 COST = [

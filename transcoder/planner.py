@@ -1,6 +1,6 @@
 """A recipe applied to a config: every tensor that should exist on both sides, with the cells they share.
 
-A `Family` is a rule with sizes in one Megatron key dialect; it is the same for every layer.
+A `Family` is a rule with sizes in one Megatron key dialect; it is the same for every layer and every expert.
 """
 
 from __future__ import annotations
@@ -12,29 +12,79 @@ from itertools import product as combinations
 from math import prod
 from typing import Any
 
-from transcoder.dialects import spellings
-from transcoder.errors import Problem, TranscoderError, refuse
-from transcoder.layout import Cell
+from transcoder.dialects import extra_state_keys, spellings
+from transcoder.errors import TranscoderError, UsageError
+from transcoder.layout import FILLER, Cell
 from transcoder.recipe import Recipe, Rule, Side, evaluate
+from transcoder.sizing import active_rules, guarded, layer_lists
+from transcoder.spec import DTYPES, DType
 
-MAX_SIZE = 1 << 40  # no dimension of a real model comes near this
+NOUNS = {
+    "mgate": "expert ffn size",
+    "mup": "expert ffn size",
+    "mf": "expert ffn size",
+    "sgate": "shared expert ffn size",
+    "sup": "shared expert ffn size",
+    "sf": "shared expert ffn size",
+    "gate": "ffn size",
+    "up": "ffn size",
+    "f": "ffn size",
+    "g": "query groups",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A cell of a Hugging Face tensor and the Megatron cell with the same elements.
+
+    fixed: axes that the Megatron name spells and the Hugging Face tensor has as dimensions, at one value each.
+    """
+
+    part: int
+    fixed: Mapping[str, int]
+    mcore: Cell
+    hf: Cell
+
+
+@dataclass(frozen=True, slots=True)
+class Filler:
+    """A cell of a stored Megatron tensor that no Hugging Face tensor supplies."""
+
+    key: str
+    cell: Cell
+    rule: str
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A rule with sizes in one Megatron key dialect; `index` are the axes that names spell on some side."""
+    """A rule with sizes in one Megatron key dialect, for the layers that have it."""
 
     rule: Rule
     mcore: tuple[Side, ...]
-    index: tuple[str, ...]
+    layers: tuple[int, ...]
     sizes: Mapping[str, int]
-    pairs: tuple[tuple[tuple[int, Cell, Cell], ...], ...]  # per Hugging Face side: (Megatron side, its cell, HF cell)
-    fillers: tuple[tuple[int, Cell], ...]
+    pairs: tuple[tuple[Pair, ...], ...]  # per Hugging Face side
+    unpaired: tuple[tuple[int, Cell], ...]  # Megatron side and cell
 
-    def instances(self) -> Iterator[dict[str, int]]:
-        """Every choice of the index axes."""
-        for values in combinations(*(range(self.sizes[name]) for name in self.index)):
-            yield dict(zip(self.index, values, strict=True))
+    def instances(self, side: Side) -> Iterator[dict[str, int]]:
+        """Every choice of the axes that the side's name spells."""
+        ranges = (self.layers if axis == "l" else range(self.sizes[axis]) for axis in side.name_axes)
+        for values in combinations(*ranges):
+            yield dict(zip(side.name_axes, values, strict=True))
+
+    @property
+    def parameters(self) -> int:
+        """Megatron parameters, one per layer, expert and name."""
+        return sum(1 for side in self.rule.mcore for _ in self.instances(side))
+
+    @property
+    def tensors(self) -> int:
+        """Hugging Face tensors."""
+        return sum(1 for side in self.rule.hf for _ in self.instances(side))
+
+    def dtype(self, usual: DType) -> DType:
+        """The dtype of the rule's tensors in a model of dtype `usual`."""
+        return DTYPES[self.rule.dtype] if self.rule.dtype else usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +106,7 @@ class McoreTensor:
     shape: tuple[int, ...]
     family: Family
     part: int
+    index: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -73,11 +124,11 @@ class Model:
         """Every Hugging Face tensor by name."""
         found = {}
         for family in self.families:
-            shapes = [side.layout.shape(family.sizes) for side in family.rule.hf]
-            for index in family.instances():
-                for part, side in enumerate(family.rule.hf):
+            for part, side in enumerate(family.rule.hf):
+                shape = side.layout.shape(family.sizes)
+                for index in family.instances(side):
                     name = side.named(index)
-                    found[name] = HfTensor(name, shapes[part], family, part, index)
+                    found[name] = HfTensor(name, shape, family, part, index)
         return found
 
     @cached_property
@@ -86,14 +137,39 @@ class Model:
         found = {}
         for family in self.families:
             for part, side in enumerate(family.mcore):
-                for values in combinations(*(range(family.sizes[axis]) for axis in side.name_axes)):
-                    name = side.named(dict(zip(side.name_axes, values, strict=True)))
-                    found[name] = McoreTensor(name, side.layout.shape(family.sizes), family, part)
+                shape = side.layout.shape(family.sizes)
+                for index in family.instances(side):
+                    name = side.named(index)
+                    found[name] = McoreTensor(name, shape, family, part, index)
         return found
+
+    def fillers(self) -> Iterator[tuple[Family, Filler]]:
+        """Every cell of every stored tensor that no Hugging Face tensor supplies."""
+        for family in self.families:
+            for part, cell in family.unpaired:
+                for index in family.instances(family.mcore[part]):
+                    yield family, Filler(family.mcore[part].named(index), cell, family.rule.label)
+
+    def objects(self) -> list[str]:
+        """Keys of the `_extra_state` objects that a Transformer Engine model asks for."""
+        found: list[str] = []
+        for module, layers in guarded(self.recipe.extra_state, self.recipe, self.values, self.sizes):
+            found += extra_state_keys(module, self.dialect, layers, self.sizes) if layers else ()
+        return found
+
+    def limits(self) -> Iterator[tuple[str, str, int]]:
+        """What the meshes cut: (mesh, name, count), for counts that a mesh must divide."""
+        for family in self.families:
+            for side in family.mcore:
+                for mesh, axes in side.layout.cut_axes():
+                    if not any(axis.startswith(FILLER) for axis in axes):
+                        yield mesh, *_limit(axes, family.sizes)
+            if any("e" in side.name_axes for side in family.rule.mcore):
+                yield "ep", "experts", family.sizes["e"]
 
     def fields(self) -> dict[str, Any]:
         """The TransformerConfig fields of the recipe."""
-        scope = {**self.values, **self.sizes}
+        scope = {**self.values, **self.sizes, **layer_lists(self.recipe, self.values, self.sizes)}
         return {name: evaluate(text, scope) for name, text in self.recipe.model.items()}
 
     def weights_only(self) -> list[str]:
@@ -101,34 +177,27 @@ class Model:
         return [reason for test, reason in self.recipe.checks.items() if evaluate(test, self.values)]
 
 
-def axis_sizes(recipe: Recipe, values: Mapping[str, Any], limit: int) -> dict[str, int]:
-    """Axis sizes from the config, in the order of the table. Raises InputError for a size that is not sane.
+def _limit(axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[str, int]:
+    """Query heads count, not their rows: a rank holds whole heads."""
+    if "q" in axes:
+        return "attention heads", sizes["g"] * sizes["q"]
+    return NOUNS.get(axes[0], axes[0]), prod(sizes[axis] for axis in axes)
 
-    limit: no more layers than this, the number of tensors that the files hold.
+
+def build_model(recipe: Recipe, values: Mapping[str, Any], sizes: Mapping[str, int], dialect: str = "") -> Model:
+    """The model that `recipe` and the config describe. sizes: axis sizes, `pad` included.
+
+    dialect: by default what Megatron itself uses: stacked keys when all layers are alike, else per-layer keys.
+    Raises UsageError for stacked keys when the layers are not alike.
     """
-    scope, problems = dict(values), []
-    for name, text in recipe.axes.items():
-        try:
-            scope[name] = evaluate(text, scope)
-        except (TypeError, ZeroDivisionError):
-            scope[name] = None
-        if type(scope[name]) is not int or not 0 < scope[name] < MAX_SIZE:
-            problems.append(
-                Problem(file="config.json", message=f"{text} = {scope[name]!r}", expected="a positive integer")
-            )
-    if not problems and scope["l"] > limit:
-        found = f"{limit} tensors in the files"
-        problems.append(Problem(file="config.json", message=f"num_hidden_layers = {scope['l']}", found=found))
-    if problems:
-        raise refuse("config", "the config does not describe a model", problems)
-    return {name: scope[name] for name in recipe.axes}
-
-
-def build_model(recipe: Recipe, values: Mapping[str, Any], sizes: Mapping[str, int], dialect: str) -> Model:
-    """The model that `recipe` and the config describe. sizes: axis sizes, `pad` included."""
-    active = [rule for rule in recipe.rules if not rule.only or evaluate(rule.only, values)]
-    families = tuple(_family(rule, dialect, _with_fillers(rule, sizes)) for rule in active)
-    return Model(recipe, values, sizes, dialect, families)
+    active = [(rule, layers) for rule, layers in active_rules(recipe, values, sizes) if layers]
+    numbered = [layers for rule, layers in active if any("l" in side.name_axes for side in rule.mcore)]
+    alike = all(len(layers) == sizes["l"] for layers in numbered)
+    if dialect == "stacked" and not alike:
+        raise UsageError("stacked keys need layers that are all alike; per-layer keys fit this model", kind="layout")
+    chosen = dialect or ("stacked" if alike else "per-layer")
+    families = tuple(_family(rule, chosen, _with_fillers(rule, sizes), layers) for rule, layers in active)
+    return Model(recipe, values, sizes, chosen, families)
 
 
 def _with_fillers(rule: Rule, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -139,27 +208,32 @@ def _with_fillers(rule: Rule, sizes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _family(rule: Rule, dialect: str, sizes: Mapping[str, int]) -> Family:
-    index = tuple(dict.fromkeys(axis for side in (*rule.mcore, *rule.hf) for axis in side.name_axes))
+def _family(rule: Rule, dialect: str, sizes: Mapping[str, int], layers: tuple[int, ...]) -> Family:
     mcore = tuple(spelled for side in rule.mcore for spelled in spellings(side, dialect))
-    single = {**sizes, **dict.fromkeys(index, 1)}
-    cells = [(part, cell) for part, side in enumerate(mcore) for cell in _nonempty(side, single)]
-    pairs, used = [], set()
-    for side in rule.hf:
-        matched = []
-        for cell in side.layout.cells(single):
-            partner = [(part, other) for part, other in cells if other.key - set(index) == cell.key - set(index)]
-            if len(partner) != 1:
-                raise TranscoderError(
-                    f"rule {rule.label}: {side.name} has {len(partner)} partners for {sorted(cell.key)}"
-                )
-            used.add(partner[0][1].key)
-            matched.append((*partner[0], cell))
-        pairs.append(tuple(matched))
-    fillers = tuple((part, cell) for part, cell in cells if cell.key not in used)
-    if any(not cell.filler for _, cell in fillers):
+    pairs = tuple(tuple(_pairs(rule, side, mcore, sizes)) for side in rule.hf)
+    used = {(pair.part, pair.mcore.key) for matched in pairs for pair in matched}
+    whole = ((part, cell) for part, side in enumerate(mcore) for cell in _nonempty(side, sizes))
+    unpaired = tuple((part, cell) for part, cell in whole if (part, cell.key) not in used)
+    if any(not cell.filler for _, cell in unpaired):
         raise TranscoderError(f"rule {rule.label}: a part of the Megatron tensor has no source")
-    return Family(rule, mcore, index, sizes, tuple(pairs), fillers)
+    return Family(rule, mcore, layers, sizes, pairs, unpaired)
+
+
+def _pairs(rule: Rule, side: Side, mcore: tuple[Side, ...], sizes: Mapping[str, int]) -> Iterator[Pair]:
+    """The pairs of one Hugging Face side; an axis that its name spells is one index wide on the Megatron side."""
+    spelled = set(side.name_axes)
+    single = {**sizes, **dict.fromkeys(spelled, 1)}
+    others = [(part, cell) for part, other in enumerate(mcore) for cell in _nonempty(other, single)]
+    for cell in side.layout.cells(sizes):
+        axes = cell.key | spelled
+        partners = [(part, other) for part, other in others if other.key | set(mcore[part].name_axes) == axes]
+        if len(partners) != 1:
+            raise TranscoderError(f"rule {rule.label}: {side.name} has {len(partners)} partners for {sorted(axes)}")
+        part, other = partners[0]
+        missing = [axis for axis in mcore[part].name_axes if axis not in spelled]
+        for values in combinations(*(range(sizes[axis]) for axis in missing)):
+            fixed = dict(zip(missing, values, strict=True))
+            yield Pair(part, fixed, other, cell.at(fixed))
 
 
 def _nonempty(side: Side, sizes: Mapping[str, int]) -> list[Cell]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
@@ -32,10 +31,9 @@ class Tally:
     """Counts bytes and finished Megatron parameters (one per layer and name); thread-safe; one listener."""
 
     def __init__(self, model: Model, total: int, listener: Listener | None = None) -> None:
-        self._open = Counter({(id(f), *i.values()): len(f.rule.hf) for f in model.families for i in f.instances()})
         self._total = total
-        self._parameters = sum(len(f.rule.mcore) for f in model.families for _ in f.instances())
-        self._done = sum(len(f.rule.mcore) for f in model.families if not f.rule.hf for _ in f.instances())
+        self._families = {id(family): (family.parameters, family.tensors) for family in model.families}
+        self._finished = dict.fromkeys(self._families, 0)
         self._bytes = 0
         self._listener = listener
         self._lock = threading.Lock()
@@ -48,16 +46,15 @@ class Tally:
 
     def finished(self, tensor: HfTensor) -> None:
         """A Hugging Face tensor is complete."""
-        place = (id(tensor.family), *tensor.index.values())
         with self._lock:
-            self._open[place] -= 1
-            if not self._open[place]:
-                self._done += len(tensor.family.rule.mcore)
+            self._finished[id(tensor.family)] += 1
             self._tell()
 
     def _tell(self) -> None:
         if self._listener is not None:
-            self._listener(Progress(self._bytes, self._total, self._done, self._parameters))
+            parts = [(whole, count, self._finished[f]) for f, (whole, count) in self._families.items()]
+            done = sum(whole * finished // count if count else whole for whole, count, finished in parts)
+            self._listener(Progress(self._bytes, self._total, done, sum(whole for whole, _, _ in parts)))
 
 
 class Bar:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from transcoder.layout import Layout, parse
 
 Values = Mapping[str, Any]
+Variants = Mapping[str, Mapping[str, str]]  # name → choice → key pattern that shows it; the first choice is the default
 _NAME_AXIS = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -43,12 +44,19 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The same elements on both sides; `only` is a guard over the config, `stage` where layerless tensors live."""
+    """The same elements on both sides; `only`: a guard, asked per layer; `stage`: where layerless tensors live."""
 
     mcore: tuple[Side, ...]
     hf: tuple[Side, ...]
     only: str = ""
     stage: str = "first"
+    dtype: str = ""  # of tensors that keep theirs whatever the model's is
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Every axis of both sides, filler apart."""
+        sides = (*self.mcore, *self.hf)
+        return frozenset(axis for side in sides for axis in (*side.name_axes, *side.layout.axes))
 
     @property
     def label(self) -> str:
@@ -68,6 +76,9 @@ class Recipe:
     model: Mapping[str, str]
     ignore: tuple[str, ...] = ()
     checks: Mapping[str, str] = field(default_factory=dict)  # expression → why the result is "weights only"
+    kinds: Mapping[str, str] = field(default_factory=dict)  # kind of layer → expression over the config and `l`
+    hf_variants: Variants = field(default_factory=dict)
+    mcore_variants: Variants = field(default_factory=dict)
 
 
 def side(text: str) -> Side:
@@ -76,9 +87,29 @@ def side(text: str) -> Side:
     return Side(name, parse(layout.strip()))
 
 
-def rule(mcore: str, *hf: str, only: str = "", stage: str = "first") -> Rule:
+def rule(mcore: str, *hf: str, only: str = "", stage: str = "first", dtype: str = "") -> Rule:
     """A rule from texts; the Megatron side first, then the Hugging Face sides in the order of their parts."""
-    return Rule((side(mcore),), tuple(side(text) for text in hf), only, stage)
+    return Rule((side(mcore),), tuple(side(text) for text in hf), only, stage, dtype)
+
+
+def moved(rules: Iterable[Rule], mcore: str, hf: tuple[str, str], only: str) -> tuple[Rule, ...]:
+    """The rules under other prefixes and one more guard.
+
+    mcore: put before every Megatron name. hf: the start of a Hugging Face name and what replaces it.
+    """
+    return tuple(
+        replace(
+            each,
+            mcore=tuple(Side(mcore + side.name, side.layout) for side in each.mcore),
+            hf=tuple(Side(_restarted(side.name, *hf), side.layout) for side in each.hf),
+            only=f"({each.only}) and {only}" if each.only else only,
+        )
+        for each in rules
+    )
+
+
+def _restarted(name: str, start: str, new: str) -> str:
+    return new + name.removeprefix(start) if name.startswith(start) else name
 
 
 def evaluate(expression: str, values: Values) -> Any:

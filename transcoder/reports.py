@@ -42,7 +42,7 @@ def about(model: Model, source: object, destination: object | None, architecture
         "destination": None if destination is None else str(destination),
         "architecture": architecture,
         "tensors": len(model.hf),
-        "megatron_parameters": sum(len(f.rule.mcore) for f in model.families for _ in f.instances()),
+        "megatron_parameters": sum(family.parameters for family in model.families),
         "parameters": elements(tensor.shape for tensor in model.hf.values()),
     }
 

@@ -37,12 +37,13 @@ def through_memory(plan: ImportPlan, workers: int, tally: Tally, store: Store | 
 
 def _there_and_back(plan: ImportPlan, spec: TensorSpec, view: memoryview, tally: Tally, store: Store | None) -> None:
     tensor, base, size = plan.model.hf[spec.name], spec.chunks[0].offset, spec.dtype.size
+    target = tensor.family.dtype(plan.dtype)
     for start, stop in bands(tensor.shape, spec.dtype):
         band = elements(view[base + start * size : base + stop * size], spec.dtype)
         scratch = Scratch()
-        scatter(plan.atlas, tensor, start, converted(band, plan.stored, plan.dtype), scratch.store)
-        back = gather(plan.atlas, tensor, start, stop, plan.dtype, scratch.fetch)
-        back = converted(back, plan.dtype, plan.stored)
+        scatter(plan.atlas, tensor, start, converted(band, spec.dtype, target), scratch.store)
+        back = gather(plan.atlas, tensor, start, stop, target, scratch.fetch)
+        back = converted(back, target, spec.dtype)
         if back.tobytes() != band.tobytes():
             problem = Problem(tensor=spec.name, message=f"elements {start} to {stop} came back with other bits")
             raise DifferenceError("the round trip is not the identity", kind="difference", problems=[problem])

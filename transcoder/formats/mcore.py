@@ -62,28 +62,34 @@ def _pairs(values: Mapping[str, object]) -> Pairs:
 
 
 def arguments(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int) -> dict[str, object]:
-    """Megatron-LM's arguments of a dense model."""
-    return {name: fields[name] for name in ARGUMENTS} | {
-        "group_query_attention": True,
-        "max_position_embeddings": fields["seq_length"],
-        "rotary_base": _whole(fields["rotary_base"]),
-        "rotary_percent": 1.0,
-        "rotary_interleaved": False,
-        "swiglu": fields["gated_linear_unit"],
-        "squared_relu": False,
-        "untie_embeddings_and_output_weights": not fields["share_embeddings_and_output_weights"],
-        "apply_layernorm_1p": False,
-        "apply_query_key_layer_scaling": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "norm_epsilon": fields["layernorm_epsilon"],
-        "padded_vocab_size": padded_vocab,
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16",
-        "params_dtype": Global("torch", dtype),
-    }
+    """Megatron-LM's arguments of a model; those of a mixture of experts by the names in megatron/training."""
+    experts = {"num_experts": fields["num_moe_experts"]} if "num_moe_experts" in fields else {}
+    experts |= {name: value for name, value in fields.items() if name.startswith("moe_")}
+    return (
+        {name: fields[name] for name in ARGUMENTS}
+        | experts
+        | {
+            "group_query_attention": True,
+            "max_position_embeddings": fields["seq_length"],
+            "rotary_base": _whole(fields["rotary_base"]),
+            "rotary_percent": 1.0,
+            "rotary_interleaved": False,
+            "swiglu": fields["gated_linear_unit"],
+            "squared_relu": False,
+            "untie_embeddings_and_output_weights": not fields["share_embeddings_and_output_weights"],
+            "apply_layernorm_1p": False,
+            "apply_query_key_layer_scaling": False,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "norm_epsilon": fields["layernorm_epsilon"],
+            "padded_vocab_size": padded_vocab,
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "bf16": dtype == "bfloat16",
+            "fp16": dtype == "float16",
+            "params_dtype": Global("torch", dtype),
+        }
+    )
 
 
 def _whole(value: float) -> float:

@@ -83,27 +83,37 @@ QK_NORM = (
     rule(f"{D}self_attention.k_layernorm.weight d", f"{H}self_attn.k_norm.weight d"),
 )
 
-GATED_MLP = (
-    rule(f"{D}mlp.linear_fc1.layer_norm_weight h", f"{H}post_attention_layernorm.weight h"),
-    rule(
-        f"{D}mlp.linear_fc1.weight [gate/tp up/tp] h",
-        f"{H}mlp.gate_proj.weight gate h",
-        f"{H}mlp.up_proj.weight up h",
-    ),
-    rule(f"{D}mlp.linear_fc2.weight h f/tp", f"{H}mlp.down_proj.weight h f"),
-)
+
+def gated_mlp(only: str = "") -> tuple[Rule, ...]:
+    """A dense gated feed-forward with its norm, under a guard."""
+    return (
+        rule(f"{D}mlp.linear_fc1.layer_norm_weight h", f"{H}post_attention_layernorm.weight h", only=only),
+        rule(
+            f"{D}mlp.linear_fc1.weight [gate/tp up/tp] h",
+            f"{H}mlp.gate_proj.weight gate h",
+            f"{H}mlp.up_proj.weight up h",
+            only=only,
+        ),
+        rule(f"{D}mlp.linear_fc2.weight h f/tp", f"{H}mlp.down_proj.weight h f", only=only),
+    )
+
+
+GATED_MLP = gated_mlp()
 
 # Modules for which a Transformer Engine model asks for `_extra_state`, and a guard.
-EXTRA_STATE = tuple(
-    (module, "")
-    for module in (
-        f"{D}self_attention.linear_qkv",
-        f"{D}self_attention.linear_proj",
-        f"{D}mlp.linear_fc1",
-        f"{D}mlp.linear_fc2",
-        "decoder.final_layernorm",
-    )
+ATTENTION_STATE = (
+    (f"{D}self_attention.linear_qkv", ""),
+    (f"{D}self_attention.linear_proj", ""),
+    ("decoder.final_layernorm", ""),
 )
+
+
+def mlp_state(only: str = "") -> tuple[tuple[str, str], ...]:
+    """Those of a dense feed-forward."""
+    return (f"{D}mlp.linear_fc1", only), (f"{D}mlp.linear_fc2", only)
+
+
+EXTRA_STATE = ATTENTION_STATE + mlp_state()
 QK_NORM_STATE = ((f"{D}self_attention.q_layernorm", ""), (f"{D}self_attention.k_layernorm", ""))
 
 # Fields of megatron-core's TransformerConfig, as expressions over the axes and the config.

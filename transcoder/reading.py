@@ -1,0 +1,104 @@
+"""What reads and writes nothing: comparing, checking, inspecting, listing; each returns a report of plain values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transcoder.errors import DifferenceError, PathLike, Problem
+from transcoder.progress import Listener
+
+if TYPE_CHECKING:
+    from transcoder.views import View
+
+
+def stream_hf(path: PathLike, hf_model: PathLike | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (Hugging Face name, NumPy array) for each tensor of a checkpoint, one at a time.
+
+    bfloat16, which NumPy lacks, comes as uint16 bits. Raises InputError.
+    """
+    from math import prod
+
+    from transcoder.views import numpy_dtype, open_view
+
+    view = open_view(Path(path), Path(hf_model) if hf_model else None)
+    for name, (dtype, shape) in view.tensors.items():
+        yield name, view.read(name, 0, prod(shape)).view(numpy_dtype(dtype)).reshape(shape)
+
+
+def verify(one: PathLike, two: PathLike) -> dict[str, Any]:
+    """Compare two checkpoints of any format tensor by tensor, bit for bit. Raises DifferenceError with the report."""
+    from transcoder.views import open_view
+
+    started = time.monotonic()
+    views = open_view(Path(one), None), open_view(Path(two), None)
+    report = {"source": str(one), "destination": str(two), "tensors": len(views[0].tensors), "differences": []}
+    try:
+        same(*views)
+    except DifferenceError as error:
+        error.report |= report | {"differences": error.report["differences"]}
+        raise
+    return report | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def same(one: View, two: View, only: set[str] | None = None) -> None:
+    """Raise DifferenceError naming every tensor that differs; `only`: names of the first view that count."""
+    from transcoder.views import compare
+
+    differences = compare(one, two, only)
+    if differences:
+        problems = [Problem(tensor=row["tensor"], message=_difference(row)) for row in differences]
+        error = DifferenceError(f"{len(differences)} tensors differ", kind="difference", problems=problems)
+        error.report = {"differences": differences}
+        raise error
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if "reason" in row:
+        return str(row["reason"])
+    return f"{row['count']} elements differ, first at {row['first_index']}, by at most {row['max_abs']}"
+
+
+def check(
+    directory: PathLike, *, quick: bool = False, sample: float = 100.0, progress: Listener | None = None
+) -> dict[str, Any]:
+    """Whether a checkpoint is whole. Raises DifferenceError listing the damage, InputError when it is none.
+
+    quick: read no payloads. sample: percentage of payloads to read.
+    """
+    from transcoder.checking import check as examine
+
+    started = time.monotonic()
+    report = examine(Path(directory), quick, sample, progress)
+    return report | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def inspect(directory: PathLike) -> dict[str, Any]:
+    """What a checkpoint of any supported format holds, from headers alone. Raises InputError."""
+    from transcoder.inspection import inspect as look
+
+    return look(Path(directory))
+
+
+def architectures() -> dict[str, Any]:
+    """Every supported Hugging Face class, with the model type that configs name it by."""
+    from transcoder.recipes import registry
+
+    claims = dict.fromkeys(("names", "mcore", "logits", "quantised", "export"))
+    rows = [
+        {"name": name, "model_type": recipe.hf[name], "recipe": recipe.name, "proved": dict(claims)}
+        for name, recipe in sorted(registry().items())
+    ]
+    return {"architectures": rows}
+
+
+def open_checkpoint(path: PathLike) -> Any:
+    """The catalog of a Hugging Face directory or a Megatron checkpoint: name → TensorSpec. Raises InputError."""
+    from transcoder.checking import is_hf
+    from transcoder.formats.huggingface import open_hf
+    from transcoder.formats.torch_dist import open_torch_dist
+    from transcoder.iterations import find_iteration
+
+    return open_hf(Path(path)).catalog if is_hf(Path(path)) else open_torch_dist(find_iteration(Path(path))).catalog

@@ -1,0 +1,109 @@
+"""Rule tuples of mixtures of experts; `sparse` is the recipe's kind of layer that has them.
+
+Stored keys as in megatron/core/transformer/moe/experts.py (0.16): the experts are one array, whatever the grid.
+"""
+
+from __future__ import annotations
+
+from transcoder.recipe import Rule, rule
+from transcoder.recipes.blocks import CHECKS, D, H
+
+EXPERT_AXES = {"mf": "moe_intermediate_size", "mgate": "mf", "mup": "mf"}
+X = f"{D}mlp.experts.experts.{{e}}."
+
+# Transformer Engine's name of the norm before the experts, and the one that the local layer spec saves it under.
+EXPERT_NORM = (
+    rule(f"{D}pre_mlp_layernorm.weight h", f"{H}post_attention_layernorm.weight h", only="sparse and norm == 'te'"),
+    rule(
+        f"{D}mlp.linear_fc1.layer_norm_weight h",
+        f"{H}post_attention_layernorm.weight h",
+        only="sparse and norm == 'local'",
+    ),
+)
+NORM_VARIANTS = {"norm": {"te": f"{D}pre_mlp_layernorm.weight", "local": ""}}
+
+
+def router(hf: str = "mlp.gate.weight") -> Rule:
+    """The router's weight, replicated."""
+    return rule(f"{D}mlp.router.weight e h", f"{H}{hf} e h", only="sparse")
+
+
+def per_expert(
+    prefix: str = "mlp.experts", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[Rule, ...]:
+    """Experts with one Hugging Face tensor per projection and expert."""
+    only = "sparse and experts == 'per-expert'"
+    return (
+        rule(
+            f"{X}linear_fc1.weight [mgate/etp mup/etp] h",
+            f"{H}{prefix}.{{e}}.{gate}.weight mgate h",
+            f"{H}{prefix}.{{e}}.{up}.weight mup h",
+            only=only,
+        ),
+        rule(f"{X}linear_fc2.weight h mf/etp", f"{H}{prefix}.{{e}}.{down}.weight h mf", only=only),
+    )
+
+
+def fused(
+    prefix: str = "mlp.experts", fc1: str = "gate_up_proj e [mgate mup] h", fc2: str = "down_proj e h mf"
+) -> tuple[Rule, ...]:
+    """Experts with one Hugging Face tensor per layer."""
+    only = "sparse and experts == 'fused'"
+    return (
+        rule(f"{X}linear_fc1.weight [mgate/etp mup/etp] h", f"{H}{prefix}.{fc1}", only=only),
+        rule(f"{X}linear_fc2.weight h mf/etp", f"{H}{prefix}.{fc2}", only=only),
+    )
+
+
+def shared_expert(prefix: str) -> tuple[Rule, ...]:
+    """The expert that every token visits."""
+    return (
+        rule(
+            f"{D}mlp.shared_experts.linear_fc1.weight [sgate/tp sup/tp] h",
+            f"{H}{prefix}.gate_proj.weight sgate h",
+            f"{H}{prefix}.up_proj.weight sup h",
+            only="sparse",
+        ),
+        rule(f"{D}mlp.shared_experts.linear_fc2.weight h sf/tp", f"{H}{prefix}.down_proj.weight h sf", only="sparse"),
+    )
+
+
+def shared_gate(hf: str = "mlp.shared_expert_gate.weight") -> Rule:
+    """The gate of the shared expert: one row."""
+    return rule(f"{D}mlp.shared_experts.gate_weight one h", f"{H}{hf} one h", only="sparse")
+
+
+def expert_variants(
+    split: str = "mlp.experts.{e}.down_proj.weight", whole: str = "mlp.experts.down_proj"
+) -> dict[str, dict[str, str]]:
+    """How the files show which of the two they hold."""
+    return {"experts": {"per-expert": f"{H}{split}", "fused": f"{H}{whole}"}}
+
+
+EXPERT_STATE = (
+    (f"{D}pre_mlp_layernorm", "sparse and norm == 'te'"),
+    (f"{X}linear_fc1", "sparse"),
+    (f"{X}linear_fc2", "sparse"),
+)
+
+SHARED_STATE = (
+    (f"{D}mlp.shared_experts.linear_fc1", "sparse"),
+    (f"{D}mlp.shared_experts.linear_fc2", "sparse"),
+)
+
+EXPERT_CHECKS = CHECKS | {
+    "True": "loading a mixture of experts was not measured with Megatron-LM or Megatron Bridge",
+    "num_experts_per_tok == 1": "megatron-core cannot renormalise the probability of one expert",
+}
+
+# TransformerConfig fields of a mixture whose router takes a softmax.
+MOE = {
+    "num_moe_experts": "e",
+    "moe_ffn_hidden_size": "mf",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_router_load_balancing_type": "'aux_loss'",
+    "moe_aux_loss_coeff": "router_aux_loss_coef or 0.001",
+    "moe_grouped_gemm": "True",
+    "moe_token_dispatcher_type": "'alltoall'",
+    "moe_layer_freq": "1 if all_sparse else sparse_layers",
+}
