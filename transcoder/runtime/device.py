@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from transcoder.mesh import Mesh
+
 
 def install_cuda_shim() -> bool:
     """Answer megatron's questions for a CUDA device with the CPU; true when it was needed."""
@@ -29,26 +31,28 @@ def _init_world() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def _is_ready(mpu: Any, tp: int, pp: int) -> bool:
+def _is_ready(mpu: Any, mesh: Mesh) -> bool:
     """Whether the model-parallel groups already have this grid."""
     if not mpu.model_parallel_is_initialized():
         return False
-    sizes = (mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size())
-    return bool(sizes == (tp, pp))
+    dense = mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size()
+    experts = mpu.get_expert_model_parallel_world_size(), mpu.get_expert_tensor_parallel_world_size()
+    return bool((*dense, *experts) == (mesh.tp, mesh.pp, mesh.ep, mesh.etp))
 
 
-def init_parallel(tp: int = 1, pp: int = 1) -> None:
-    """Make the process groups of a `tp` x `pp` grid, replacing those of another grid."""
+def init_parallel(mesh: Mesh) -> None:
+    """Make the process groups of a grid, replacing those of another grid."""
     install_cuda_shim()
     from megatron.core import parallel_state as mpu
 
     if not dist.is_initialized():
         _init_world()
-    if _is_ready(mpu, tp, pp):
+    if _is_ready(mpu, mesh):
         return
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(tp, pp)
+    experts = {"expert_model_parallel_size": mesh.ep, "expert_tensor_parallel_size": mesh.etp}
+    mpu.initialize_model_parallel(mesh.tp, mesh.pp, **experts)
 
 
 def shutdown() -> None:

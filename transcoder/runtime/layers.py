@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn import functional
 
@@ -67,6 +70,46 @@ class HFNorm(torch.nn.Module):  # type: ignore[misc]
     def forward(self, hidden: Any) -> Any:
         """The normalised hidden states."""
         return rms_norm(hidden, self.weight, self.eps)
+
+
+class WideNorm(HFNorm):
+    """RMSNorm over the heads of all tensor-parallel ranks, as in OLMoE; every rank has the whole weight."""
+
+    def forward(self, hidden: Any) -> Any:
+        """[s, b, heads of this rank, d], normalised over the last two axes of all ranks together."""
+        wide, width = hidden.float(), self.weight.numel()
+        size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+        width_here = hidden.shape[2] * hidden.shape[3]
+        copies = size * width_here // width  # ranks with the same heads, when there are fewer groups than ranks
+        total = wide.pow(2).sum((2, 3), keepdim=True)
+        if size > 1:
+            dist.all_reduce(total, group=mpu.get_tensor_model_parallel_group())
+        wide = wide * torch.rsqrt(total / (copies * width) + self.eps)
+        start = rank // copies * width_here
+        weight = self.weight[start : start + width_here].view(hidden.shape[2:])
+        return weight * wide.to(hidden.dtype)
+
+
+class WideQueryNorm(WideNorm):
+    """The norm over all query heads."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_kwargs: Any) -> None:
+        super().__init__(config, config.num_attention_heads * hidden_size, eps)
+
+
+class WideKeyNorm(WideNorm):
+    """The norm over all key heads."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_kwargs: Any) -> None:
+        super().__init__(config, config.num_query_groups * hidden_size, eps)
+
+
+class HFRouter(TopKRouter):  # type: ignore[misc]
+    """The router without Transformer Engine: logits in the model's type, everything after them in float32."""
+
+    def gating(self, input: Any) -> Any:
+        """Logits of the experts."""
+        return functional.linear(input, self.weight).float()
 
 
 class HFColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
