@@ -32,6 +32,22 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("qwen2", "Qwen2ForCausalLM", {"vocab_size": 18, "use_sliding_window": False}),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", {"head_dim": 14, "use_sliding_window": False}),
 }
+EXPERTS = {"moe_intermediate_size": 10, "num_experts_per_tok": 2, "norm_topk_prob": True}
+EXPERT_KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3-moe": ("qwen3_moe", "Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 14, "num_experts": 4}),
+    "qwen3-moe-mixed": (
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "head_dim": 14, "num_experts": 4, "mlp_only_layers": [1]},
+    ),
+    "mixtral": ("mixtral", "MixtralForCausalLM", {"num_local_experts": 4, "intermediate_size": 10}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 14, "decoder_sparse_step": 2},
+    ),
+    "olmoe": ("olmoe", "OlmoeForCausalLM", {"num_experts": 4, "intermediate_size": 10}),
+}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -62,7 +78,7 @@ Files = dict[str, list[Entry]]  # shard name → its tensors in file order
 
 def config_of(kind: str, **overrides: Any) -> dict[str, Any]:
     """config.json of a kind."""
-    model_type, architecture, deltas = KINDS[kind]
+    model_type, architecture, deltas = {**KINDS, **EXPERT_KINDS}[kind]
     return {"architectures": [architecture], "model_type": model_type, **BASE, **deltas, **overrides}
 
 
@@ -73,27 +89,53 @@ def shapes_of(config: Mapping[str, Any]) -> Shapes:
     if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = (vocab, hidden)
     for layer in range(config["num_hidden_layers"]):
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in _layer(config)}
+        parts = (*_attention(config), *(_experts(config) if _is_sparse(config, layer) else _mlp(config)))
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in parts}
     return found
 
 
-def _layer(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+def _is_sparse(config: Mapping[str, Any], layer: int) -> bool:
+    if "num_experts" not in config and "num_local_experts" not in config:
+        return False
+    return layer not in config.get("mlp_only_layers", ()) and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+
+
+def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, kind = config["hidden_size"], config["model_type"]
     dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
     linears = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
-    biased = "qkvo" if config.get("attention_bias") else "qkv" if config["model_type"] == "qwen2" else ""
+    biased = "qkvo" if config.get("attention_bias") else "qkv" if kind in ("qwen2", "qwen2_moe") else ""
     for name, shape in linears.items():
         yield f"self_attn.{name}_proj.weight", shape
     for name in biased:
         yield f"self_attn.{name}_proj.bias", linears[name][:1]
-    for name in ("q_norm", "k_norm") if config["model_type"] == "qwen3" else ():
-        yield f"self_attn.{name}.weight", (dim,)
+    for name, width in {"q": queries, "k": keys}.items() if kind in ("qwen3", "qwen3_moe", "olmoe") else ():
+        yield f"self_attn.{name}_norm.weight", (width if kind == "olmoe" else dim,)
+    yield from (("input_layernorm.weight", (hidden,)), ("post_attention_layernorm.weight", (hidden,)))
+
+
+def _mlp(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
     for name, shape in {"gate": (ffn, hidden), "up": (ffn, hidden), "down": (hidden, ffn)}.items():
         yield f"mlp.{name}_proj.weight", shape
         if config.get("mlp_bias"):
             yield f"mlp.{name}_proj.bias", shape[:1]
-    yield from (("input_layernorm.weight", (hidden,)), ("post_attention_layernorm.weight", (hidden,)))
+
+
+def _experts(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, ffn = config["hidden_size"], config.get("moe_intermediate_size") or config["intermediate_size"]
+    mixtral, count = config["model_type"] == "mixtral", config.get("num_experts") or config["num_local_experts"]
+    place = "block_sparse_moe" if mixtral else "mlp"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    yield f"{place}.gate.weight", (count, hidden)
+    for expert in range(count):
+        for name, shape in zip(names, ((ffn, hidden), (ffn, hidden), (hidden, ffn)), strict=True):
+            yield f"{place}.experts.{expert}.{name}.weight", shape
+    if wide := config.get("shared_expert_intermediate_size"):
+        yield "mlp.shared_expert_gate.weight", (1, hidden)
+        for name, shape in (("gate", (wide, hidden)), ("up", (wide, hidden)), ("down", (hidden, wide))):
+            yield f"mlp.shared_expert.{name}_proj.weight", shape
 
 
 def make_model(kind: str, directory: Path, *, shards: int = 2, dtype: str = "bfloat16", seed: int = 7) -> Path:

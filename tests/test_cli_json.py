@@ -179,7 +179,7 @@ def test_without_a_command_the_object_names_the_program(line: list[str]) -> None
 
 
 def test_an_internal_error_fits_the_schema_too(place: Place) -> None:
-    driver = "import transcoder.api as api\napi.inspect = lambda path: 1 // 0"
+    driver = "import transcoder.reading as reading\nreading.inspect = lambda path: 1 // 0"
     done = transcode("inspect", EXAMPLE, "--json", driver=driver)
     report = _checked(done, "inspect")
     assert (done.code, report["error"]["code"], report["error"]["kind"]) == (1, 1, "internal")

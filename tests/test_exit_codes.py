@@ -288,10 +288,11 @@ STOPS: dict[str, Callable[[Path], list[object]]] = {
 @pytest.mark.parametrize("command", STOPS)
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_commands_that_only_read_can_be_interrupted(mcore: Path, command: str, name: str, code: int) -> None:
+    module = "api" if command == "roundtrip" else "reading"
     driver = f"""
 import os, signal
-import transcoder.api as api
-api.{command} = lambda *a, **k: (os.kill(os.getpid(), signal.{name}), __import__("time").sleep(20))
+import transcoder.{module} as module
+module.{command} = lambda *a, **k: (os.kill(os.getpid(), signal.{name}), __import__("time").sleep(20))
 """
     done = transcode(*STOPS[command](mcore), driver=driver)
     _refused(done, code, "interrupted")

@@ -23,11 +23,12 @@ Graph = Mapping[str, set[str]]
 FOUNDATION: dict[str, set[str]] = {
     "transcoder.errors": set(),
     "transcoder.spec": set(),
-    "transcoder.layout": set(),
-    "transcoder.moves": {"transcoder.layout", "transcoder.spec"},
+    "transcoder.notation": set(),
+    "transcoder.layout": {"transcoder.notation"},
+    "transcoder.moves": {"transcoder.layout", "transcoder.notation", "transcoder.spec"},
     "transcoder.mesh": {"transcoder.errors"},
     "transcoder.hfconfig": {"transcoder.errors"},
-    "transcoder.recipe": {"transcoder.layout", "transcoder.errors"},
+    "transcoder.recipe": {"transcoder.layout", "transcoder.notation", "transcoder.errors"},
 }
 ABOVE_FORMATS = {"planner", "atlas", "checks", "engine", "importing", "exporting", "megatron", "api", "cli"}
 ABOVE_RECIPES = ABOVE_FORMATS | {"formats", "dialects", "manifest", "paths"}

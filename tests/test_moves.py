@@ -239,9 +239,8 @@ def scattered(stored: Stored, edges: set[int]) -> Memory:
         ends = sorted({0, len(values)} | {edge for edge in edges if edge < len(values)})
         for start, stop in itertools.pairwise(ends):
             scatter(stored.atlas, stored.model.hf[name], start, values[start:stop], memory.sink)
-    for family in stored.model.families:
-        for index in family.instances():
-            fill(stored.atlas, family, index, INT32, memory.sink)
+    for _, filler in stored.model.fillers():
+        fill(stored.atlas, filler, INT32, memory.sink)
     return memory
 
 
@@ -278,11 +277,10 @@ def test_gathering_any_range_gives_back_what_was_scattered(stored: Stored, data:
 def test_fillers_are_the_elements_that_no_tensor_supplies(stored: Stored) -> None:
     supplied = {element for table in stored.hf.values() for element in table.values()}
     found = []
-    (family,) = stored.model.families
-    for index in family.instances():
-        for key, chunk, copy, axis in stored.atlas.fillers(family, index):
+    for _, filler in stored.model.fillers():
+        assert filler.cell.filler == "pad"
+        for chunk, copy in stored.atlas.fillers(filler):
             inside = list(box_places(chunk.box))
-            found += [stored.mcore[key][inside[element]] for element, _ in copy_pairs(copy)]
-            assert axis == "pad"
+            found += [stored.mcore[filler.key][inside[element]] for element, _ in copy_pairs(copy)]
     expected = [element for table in stored.mcore.values() for element in table.values() if element not in supplied]
     assert sorted(found, key=sorted) == sorted(expected, key=sorted)

@@ -33,7 +33,8 @@ def chunks_of(mcore: str, hf: dict[str, Array], sizes: dict[str, int], boxes: tu
     for tensor, array in zip(model.hf.values(), hf.values(), strict=True):
         assert tensor.shape == array.shape
         scatter(atlas, tensor, 0, array.reshape(-1), memory.sink)
-    fill(atlas, model.families[0], {}, INT32, memory.sink)
+    for _, filler in model.fillers():
+        fill(atlas, filler, INT32, memory.sink)
     found = [(memory.data["m", chunk.box], chunk.box) for chunk in atlas.catalog["m"].chunks]
     return [data.view(np.uint32).reshape(box_shape(box)) for data, box in found]
 

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from transcoder.dialects import DIALECTS
 from transcoder.hfconfig import architecture_of, normalise
-from transcoder.planner import Model, axis_sizes, build_model
+from transcoder.planner import Model, build_model
 from transcoder.recipes import recipe_for
+from transcoder.sizing import axis_sizes
 
 LLAMA3 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5,
           "hidden_act": "silu", "attention_bias": False, "num_key_value_heads": 8, "rope_theta": 500000.0,

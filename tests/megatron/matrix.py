@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import KINDS, make_model
+from models import EXPERT_KINDS, KINDS, make_model
 
 import transcoder
 
-Grid = tuple[int, int]  # tp, pp
+Grid = tuple[int, ...]  # tp, pp; with experts also ep, etp
 
 ALL_KINDS = tuple(KINDS)
 GRIDS: tuple[Grid, ...] = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))
 SPECS = ("local", "te")
-STRICT = {"local": "raise_unexpected", "te": "raise_all"}
+ALL_EXPERT_KINDS = tuple(EXPERT_KINDS)
+EXPERT_SPECS = (*SPECS, "te-grouped")
+STRICT = {"local": "raise_unexpected", "te": "raise_all", "te-grouped": "raise_all"}
 SMALL_BAND = 2100  # bytes, 7 rows of 72 float32 numbers or 5 of 92: no matrix of the models is whole bands
 
 
 def grids_of(world: int) -> list[Grid]:
     """Every grid of that many ranks."""
     return [(tp, world // tp) for tp in (4, 2, 1) if world % tp == 0]
+
+
+def expert_grids_of(world: int) -> list[Grid]:
+    """Every grid of that many ranks with experts over 1, 2 or 4 ranks, each of them cut into 1 or 2."""
+    return [
+        (tp, pp, ep, etp)
+        for pp, tp, etp, ep in product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4))
+        if world % (pp * tp) == 0 and (world // pp) % (ep * etp) == 0
+    ]
+
+
+def sizes(grid: Grid) -> dict[str, int]:
+    """The sizes by name."""
+    return dict(zip(("tp", "pp", "ep", "etp"), grid, strict=False))
 
 
 def other_grids(world: int, written: Grid) -> list[Grid]:
@@ -46,22 +63,23 @@ class Workshop:
     def _model(self, kind: str) -> Path:
         return make_model(kind, self.root / kind, shards=3)
 
-    def _checkpoint(self, kind: str, written: Grid, dtype: str, layout: str) -> Path:
-        tp, pp = written
-        target = self.root / f"{kind}-tp{tp}-pp{pp}{dtype}{layout}"
-        transcoder.hf2mcore(self.model(kind), target, tp=tp, pp=pp, dtype=dtype, layout=layout, sync=False)
+    def _checkpoint(self, kind: str, written: Grid, dtype: str, layout: str, norms: str) -> Path:
+        target = self.root / "-".join(map(str, (kind, *written, dtype, layout, norms)))
+        options = {"dtype": dtype, "layout": layout, "norm_names": norms, "sync": False}
+        transcoder.hf2mcore(self.model(kind), target, **sizes(written), **options)
         return target / "iter_0000000"
 
     def load_case(
         self, kind: str, written: Grid, grid: Grid, spec: str, dtype: str = "", layout: str = ""
     ) -> dict[str, Any]:
         """A worker's case: load what was written at one grid into a model at another."""
-        files = {"hf": str(self.model(kind)), "ckpt": str(self.checkpoint(kind, written, dtype, layout))}
-        model = {"tp": grid[0], "pp": grid[1], "spec": spec, "strict": STRICT[spec]}
+        norms = "local" if spec == "local" and kind in EXPERT_KINDS else "te"
+        files = {"hf": str(self.model(kind)), "ckpt": str(self.checkpoint(kind, written, dtype, layout, norms))}
+        model = {**sizes(grid), "spec": spec, "strict": STRICT[spec]}
         return {"action": "load", **files, **model, "dtype": dtype or "float32"}
 
     def save_case(self, kind: str, grid: Grid, spec: str, dialect: str) -> dict[str, Any]:
         """A worker's case: megatron saves this model at a grid, in a dialect of keys."""
-        target = self.root / f"{kind}-{spec}-{dialect}-{grid[0]}-{grid[1]}" / "iter_0000000"
-        model = {"tp": grid[0], "pp": grid[1], "spec": spec, "dialect": dialect}
+        target = self.root / "-".join(map(str, (kind, spec, dialect, *grid))) / "iter_0000000"
+        model = {**sizes(grid), "spec": spec, "dialect": dialect}
         return {"action": "save", "hf": str(self.model(kind)), "ckpt": str(target), **model}

@@ -27,6 +27,31 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 8, "use_sliding_window": False}),
 }
 
+# Experts of 46 rows: expert-tensor parallelism of 2 cuts them into 23.
+_QWEN_EXPERTS: dict[str, Any] = {
+    "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 46, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "use_sliding_window": False,
+}  # fmt: skip
+_QWEN3_MOE = {**_QWEN_EXPERTS, "head_dim": 8, "norm_topk_prob": True}
+
+EXPERT_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": ("qwen3_moe", _QWEN3_MOE),
+    "qwen3-moe-mixed": ("qwen3_moe", {**_QWEN3_MOE, "mlp_only_layers": [0], "norm_topk_prob": False}),
+    "qwen3-moe-step": ("qwen3_moe", {**_QWEN3_MOE, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 46, "sliding_window": 5},
+    ),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {**_QWEN_EXPERTS, "num_experts": 12, "shared_expert_intermediate_size": 60, "norm_topk_prob": False},
+    ),
+    "olmoe": (
+        "olmoe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 46, "norm_topk_prob": False},
+    ),
+}
+
 
 def distinct_values(count: int, seed: int) -> torch.Tensor:
     """`count` different float32 numbers in (-1, 1), shuffled, none of them exact in bfloat16."""
@@ -55,7 +80,7 @@ def make_model(kind: str, directory: Path | str, shards: int = 2, seed: int = 7,
     """Write the model of this kind into `directory`, in at least `shards` safetensors files."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, deltas = KINDS[kind]
+    model_type, deltas = {**KINDS, **EXPERT_KINDS}[kind]
     config = AutoConfig.for_model(model_type, **{**BASE, **deltas, **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model, seed)
