@@ -79,17 +79,17 @@ def dumps(value: object, protocol: int = 2) -> bytes:
         raise TranscoderError(f"pickle protocol {protocol} is not written")
     writer = _Writer(protocol)
     writer.save(value)
-    return b"".join((b"\x80", bytes([protocol]), *writer.out, b"."))
+    return b"\x80" + bytes([protocol]) + bytes(writer.out) + b"."
 
 
 class _Writer:
-    """Collects the parts of a pickle; `memo` holds the opcodes that fetch a value written before."""
+    """Collects the bytes of a pickle; `memo` holds the opcodes that fetch a value written before."""
 
     __slots__ = ("count", "memo", "out", "protocol")
 
     def __init__(self, protocol: int) -> None:
         self.protocol, self.count = protocol, 0
-        self.out: list[bytes] = []
+        self.out = bytearray()
         self.memo: dict[object, bytes] = {}
 
     def save(self, value: object) -> None:
@@ -102,12 +102,12 @@ class _Writer:
     def container(self) -> None:
         """Give the value just written a memo slot where CPython's pickler does and bytes should be the same."""
         if self.protocol < 4:
-            self.out.append(_indexed(b"q", b"r", self.count))
+            self.out.extend(_indexed(b"q", b"r", self.count))
             self.count += 1
 
     def shared(self, key: object) -> None:
         """Give the value just written a memo slot that later occurrences use."""
-        self.out.append(b"\x94" if self.protocol >= 4 else _indexed(b"q", b"r", self.count))
+        self.out.extend(b"\x94" if self.protocol >= 4 else _indexed(b"q", b"r", self.count))
         self.memo[key] = _indexed(b"h", b"j", self.count)
         self.count += 1
 
@@ -116,13 +116,13 @@ class _Writer:
         save = self.save_pair if one == b"s" else self.save
         if len(values) == 1:
             save(values[0])
-            self.out.append(one)
+            self.out.extend(one)
             return
         for start in range(0, len(values), BATCH):
-            self.out.append(b"(")
+            self.out.extend(b"(")
             for value in values[start : start + BATCH]:
                 save(value)
-            self.out.append(many)
+            self.out.extend(many)
 
     def save_pair(self, pair: object) -> None:
         """Write a key and its value."""
@@ -137,11 +137,11 @@ def _indexed(short: bytes, long: bytes, index: int) -> bytes:
 
 def _save_int(w: _Writer, value: int) -> None:
     if 0 <= value < 256:
-        w.out.append(b"K" + value.to_bytes(1, "little"))
+        w.out.extend(b"K" + value.to_bytes(1, "little"))
     elif 0 <= value < 65536:
-        w.out.append(b"M" + value.to_bytes(2, "little"))
+        w.out.extend(b"M" + value.to_bytes(2, "little"))
     elif -(1 << 31) <= value < 1 << 31:
-        w.out.append(b"J" + value.to_bytes(4, "little", signed=True))
+        w.out.extend(b"J" + value.to_bytes(4, "little", signed=True))
     else:
         _save_long(w, value)
 
@@ -150,48 +150,48 @@ def _save_long(w: _Writer, value: int) -> None:
     size = (value if value >= 0 else ~value).bit_length() // 8 + 1
     if size > INT_LIMIT:
         raise TranscoderError(f"an integer of {size} bytes cannot be pickled")
-    w.out.append(b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True))
+    w.out.extend(b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True))
 
 
 def _save_str(w: _Writer, value: str) -> None:
     if value in w.memo:
-        w.out.append(w.memo[value])
+        w.out.extend(w.memo[value])
         return
     text = value.encode("utf-8", "surrogatepass")
     short = len(text) < 256 and w.protocol >= 4
-    w.out.append((b"\x8c" + bytes([len(text)]) if short else b"X" + len(text).to_bytes(4, "little")) + text)
+    w.out.extend((b"\x8c" + bytes([len(text)]) if short else b"X" + len(text).to_bytes(4, "little")) + text)
     w.shared(value)
 
 
 def _save_bytes(w: _Writer, value: bytes) -> None:
     if w.protocol >= 4:
-        w.out.append(b"B" + len(value).to_bytes(4, "little") + value)
+        w.out.extend(b"B" + len(value).to_bytes(4, "little") + value)
     else:
         _save_record(w, Record(ENCODE, (value.decode("latin1"), "latin1")))
 
 
 def _save_global(w: _Writer, value: Global) -> None:
     if value in w.memo:
-        w.out.append(w.memo[value])
+        w.out.extend(w.memo[value])
         return
     if w.protocol >= 4:
         _save_str(w, value.module)
         _save_str(w, value.name)
-        w.out.append(b"\x93")
+        w.out.extend(b"\x93")
     else:
-        w.out.append(f"c{value.module}\n{value.name}\n".encode())
+        w.out.extend(f"c{value.module}\n{value.name}\n".encode())
     w.shared(value)
 
 
 def _save_tuple(w: _Writer, value: tuple[object, ...]) -> None:
     if not value:
-        w.out.append(b")")
+        w.out.extend(b")")
         return
     if len(value) > 3:
-        w.out.append(b"(")
+        w.out.extend(b"(")
     for element in value:
         w.save(element)
-    w.out.append(_TUPLE.get(len(value), b"t"))
+    w.out.extend(_TUPLE.get(len(value), b"t"))
     w.container()
 
 
@@ -199,13 +199,13 @@ _TUPLE = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 
 
 def _save_list(w: _Writer, value: list[object]) -> None:
-    w.out.append(b"]")
+    w.out.extend(b"]")
     w.container()
     w.batches(value, b"a", b"e")
 
 
 def _save_pairs(w: _Writer, value: Sequence[tuple[object, object]]) -> None:
-    w.out.append(b"}")
+    w.out.extend(b"}")
     w.container()
     w.batches(value, b"s", b"u")
 
@@ -213,23 +213,23 @@ def _save_pairs(w: _Writer, value: Sequence[tuple[object, object]]) -> None:
 def _save_record(w: _Writer, value: Record) -> None:
     _save_global(w, value.callable)
     _save_tuple(w, value.args)
-    w.out.append(b"R" if value.state is None else b"\x81")
+    w.out.extend(b"R" if value.state is None else b"\x81")
     w.container()
     w.batches(value.items or (), b"s", b"u")
     if value.state is not None:
         w.save(value.state)
-        w.out.append(b"b")
+        w.out.extend(b"b")
 
 
 def _save_persistent(w: _Writer, value: Persistent) -> None:
     w.save(value.value)
-    w.out.append(b"Q")
+    w.out.extend(b"Q")
 
 
 SAVERS: dict[type, Callable[..., None]] = {
-    type(None): lambda w, value: w.out.append(b"N"),
-    bool: lambda w, value: w.out.append(b"\x88" if value else b"\x89"),
-    float: lambda w, value: w.out.append(struct.pack(">cd", b"G", value)),
+    type(None): lambda w, value: w.out.extend(b"N"),
+    bool: lambda w, value: w.out.extend(b"\x88" if value else b"\x89"),
+    float: lambda w, value: w.out.extend(struct.pack(">cd", b"G", value)),
     dict: lambda w, value: _save_pairs(w, list(value.items())),
     int: _save_int,
     str: _save_str,
