@@ -25,20 +25,6 @@ COMMANDS = sorted(cli.commands)
 COMMON = ["--json", "--no-progress", "--quiet", "--log-level"]
 
 
-@pytest.fixture(scope="module")
-def mcore(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Megatron checkpoint; not to be changed."""
-    folder = tmp_path_factory.mktemp("megatron") / "mcore"
-    transcoder.hf2mcore(EXAMPLE, folder)
-    return folder
-
-
-@pytest.fixture
-def own(tmp_path: Path, mcore: Path) -> Path:
-    """A Megatron checkpoint of this test's own."""
-    return shutil.copytree(mcore, tmp_path / "own", symlinks=True)
-
-
 def _below(files: Tree, folder: str) -> Tree:
     return {name: data for name, data in files.items() if name.startswith(f"{folder}/")}
 

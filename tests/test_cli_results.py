@@ -18,20 +18,6 @@ MANIFEST = "transcode-manifest.json"
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.fixture(scope="module")
-def mcore(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Megatron checkpoint; not to be changed."""
-    folder = tmp_path_factory.mktemp("megatron") / "mcore"
-    transcoder.hf2mcore(EXAMPLE, folder)
-    return folder
-
-
-@pytest.fixture
-def own(tmp_path: Path, mcore: Path) -> Path:
-    """A Megatron checkpoint of this test's own."""
-    return shutil.copytree(mcore, tmp_path / "own", symlinks=True)
-
-
 # --- plans ---
 
 

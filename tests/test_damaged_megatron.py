@@ -13,25 +13,13 @@ from zlib import crc32
 
 import pytest
 import torch
-from damage import MANIFEST, copied, flip, hf_names, items, load, make_good, payload_of, refusal, store, weights
+from damage import MANIFEST, flip, hf_names, items, load, payload_of, refusal, store, weights
 from hf_models import make_model, read_files
 
 import transcoder
 from transcoder import InputError
 
 JSON, TRACKER, STATE = "metadata.json", "latest_checkpointed_iteration.txt", "latest_train_state.pt"
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undamaged checkpoint and its source."""
-    return make_good(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def folder(good: Path, tmp_path: Path) -> Path:
-    """The iteration directory to damage."""
-    return copied(good, tmp_path)
 
 
 def test_the_undamaged_checkpoint_is_accepted_with_a_plan_that_torch_wrote(good: Path, folder: Path) -> None:

@@ -9,22 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from damage import MANIFEST, copied, hf_names, load, make_good, refusal, store, tensors
+from damage import MANIFEST, hf_names, load, refusal, store, tensors
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 Edit = Callable[[Metadata, str], None]
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undamaged checkpoint and its source."""
-    return make_good(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def folder(good: Path, tmp_path: Path) -> Path:
-    """The iteration directory to damage."""
-    return copied(good, tmp_path)
 
 
 def drop_chunk(plan: Metadata, key: str) -> None:

@@ -28,14 +28,6 @@ BROKEN = "import transcoder.api as api\napi.hf2mcore = lambda *a, **k: {}['no su
 REQUEST = "please report it"
 
 
-@pytest.fixture(scope="module")
-def mcore(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Megatron checkpoint; not to be changed."""
-    folder = tmp_path_factory.mktemp("megatron") / "mcore"
-    transcoder.hf2mcore(EXAMPLE, folder)
-    return folder
-
-
 def _refused(done: Result, code: int, *words: str) -> None:
     """One message on stderr, with these words in it."""
     assert done.code == code, done.err

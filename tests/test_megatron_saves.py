@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,9 +15,9 @@ import pytest
 import transcoder
 
 sys.path.insert(0, str(Path(__file__).parent / "megatron"))
+from exports import assert_exports, assert_same_tensors
 from harness import launch
 from matrix import ALL_KINDS, GRIDS, SPECS, Grid, Workshop, small_bands
-from oracle import read_tensors
 
 DIALECTS = ("stacked", "per-layer", "singleton")
 Choice = tuple[str, Grid, str, str]  # kind, grid, layer spec, dialect
@@ -63,31 +62,6 @@ def save(workshop: Workshop, choices: list[Choice], workdir: Path, timeout: floa
 def saved(workshop: Workshop) -> Saved:
     """The short matrix of a world, saved once."""
     return cache(lambda world: save(workshop, short_choices(world), workshop.root))
-
-
-def assert_same_tensors(left: Path, right: Path) -> None:
-    """The same names, types, shapes and bytes."""
-    one, two = read_tensors(left), read_tensors(right)
-    assert sorted(one) == sorted(two)
-    for name, tensor in one.items():
-        assert (tensor.dtype, tensor.shape) == (two[name].dtype, two[name].shape), name
-        assert tensor.numpy().tobytes() == two[name].numpy().tobytes(), name
-
-
-def assert_same_files(left: Path, right: Path) -> None:
-    """The same file names and bytes."""
-    names = sorted(path.name for path in left.iterdir())
-    assert sorted(path.name for path in right.iterdir()) == names
-    assert filecmp.cmpfiles(left, right, names, shallow=False) == (names, [], [])
-
-
-def assert_exports(case: dict[str, Any], target: Path) -> None:
-    """The source comes back, tensor by tensor and file by file."""
-    source = Path(case["hf"])
-    transcoder.mcore2hf(case["ckpt"], target, hf_model=source, sync=False)
-    assert_same_tensors(source, target)
-    assert_same_files(source, target)
-    shutil.rmtree(target)
 
 
 def test_the_short_matrix_has_every_kind_grid_dialect_and_spec() -> None:

@@ -28,14 +28,6 @@ ALL_BUT_NORMS = 1_000_576 - 9 * 128
 WRITTEN = "Success: All tensors from the original checkpoint were written."
 
 
-@pytest.fixture(scope="module")
-def mcore(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Megatron checkpoint; not to be changed."""
-    folder = tmp_path_factory.mktemp("megatron") / "mcore"
-    transcoder.hf2mcore(EXAMPLE, folder)
-    return folder
-
-
 def _in_order(text: str, phrases: list[str]) -> None:
     lines = iter(text.splitlines())
     missing = [phrase for phrase in phrases if not any(phrase in line for line in lines)]
