@@ -38,7 +38,8 @@ def hf2mcore(
 
     options: those of `plan_hf2mcore`. progress: called with a `Progress` after every band.
     """
-    from transcoder.importing import run_import, trackers
+    from transcoder.importing import run_import
+    from transcoder.iterations import TRACKERS
     from transcoder.paths import check_free, destination
     from transcoder.reports import costs, import_report
 
@@ -47,7 +48,7 @@ def hf2mcore(
     check_free(Path(dst), Path(src), overwrite)
     plan = plan_hf2mcore(src, **options)
     total = sum(spec.nbytes for spec in plan.source.catalog.values())
-    with destination(Path(dst), Path(src), overwrite, trackers()) as work:
+    with destination(Path(dst), Path(src), overwrite, TRACKERS) as work:
         run_import(plan, work, workers=hands, sync=sync, tally=Tally(plan.model, total, progress))
         if verify:
             _verify_import(plan, work / plan.folder)

@@ -99,7 +99,6 @@ def _plan(planner: Callable[..., Any], src: str, arguments: Report, command: str
     from transcoder.reports import size_of
 
     worker_count(arguments["workers"], arguments["memory"])
-
     names = signature(planner).parameters
     kept = {name: value for name, value in arguments.items() if name in names}
     return Plan(command, planner(src, **kept), size_of(arguments["memory"])).report

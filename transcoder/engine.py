@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from transcoder.atlas import Atlas
 from transcoder.errors import Problem, refuse
+from transcoder.formats.huggingface import HfDirectory
+from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import PIECE, combined
 from transcoder.kernels.casts import cast
 from transcoder.moves import Copy, Run, runs
 from transcoder.planner import Filler, HfTensor
-from transcoder.spec import Box, Chunk, DType
+from transcoder.spec import Box, Chunk, DType, TensorSpec
 
 PAGE = 4096  # bytes
 BAND = 4 << 20  # bytes, a constant of the manifest's digests
@@ -49,6 +51,18 @@ def bands(shape: tuple[int, ...], dtype: DType) -> Iterator[tuple[int, int]]:
 def elements(data: memoryview, dtype: DType) -> Array:
     """Raw bytes as an array of unsigned integers of the dtype's width."""
     return np.frombuffer(data, dtype=f"<u{dtype.size}")
+
+
+class Payloads:
+    """The files of a Hugging Face directory, mapped; tensors are read as flat element ranges (raw bits)."""
+
+    def __init__(self, source: HfDirectory) -> None:
+        self._views = {shard.name: map_file(source.path / shard.name) for shard in source.shards}
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> Array:
+        """The elements [start, stop) of a tensor, in place."""
+        base, size = spec.chunks[0].offset, spec.dtype.size
+        return elements(self._views[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
 
 
 def scatter(atlas: Atlas, tensor: HfTensor, start: int, band: Array, sink: Sink) -> None:
@@ -109,23 +123,25 @@ def aligned(size: int, offset: int) -> Array:
 def fill(atlas: Atlas, filler: Filler, dtype: DType, sink: Sink) -> None:
     """Write zeros where no Hugging Face tensor supplies elements."""
     zeros = memoryview(bytes(PIECE))
-    for chunk, copy in atlas.fillers(filler):
-        for run in runs(copy):
-            for begin in range(0, run.count * dtype.size, PIECE):
-                size = min(PIECE, run.count * dtype.size - begin)
-                sink(filler.key, chunk, run.chunk * dtype.size + begin, zeros[:size])
+    for chunk, start, size in _filler_ranges(atlas, filler, dtype):
+        sink(filler.key, chunk, start, zeros[:size])
 
 
 def holds_values(atlas: Atlas, filler: Filler, dtype: DType, fetch: Fetch) -> bool:
     """Whether filler holds something other than zeros; all of it is read."""
     found = False
+    for chunk, start, size in _filler_ranges(atlas, filler, dtype):
+        found |= bool(np.any(np.frombuffer(fetch(filler.key, chunk, start, size), np.uint8)))
+    return found
+
+
+def _filler_ranges(atlas: Atlas, filler: Filler, dtype: DType) -> Iterator[tuple[Chunk, int, int]]:
+    """Chunk, first payload byte and count, at most a piece each."""
     for chunk, copy in atlas.fillers(filler):
         for run in runs(copy):
-            for begin in range(0, run.count * dtype.size, PIECE):
-                size = min(PIECE, run.count * dtype.size - begin)
-                data = fetch(filler.key, chunk, run.chunk * dtype.size + begin, size)
-                found |= bool(np.any(np.frombuffer(data, np.uint8)))
-    return found
+            first, nbytes = run.chunk * dtype.size, run.count * dtype.size
+            for begin in range(0, nbytes, PIECE):
+                yield chunk, first + begin, min(PIECE, nbytes - begin)
 
 
 class CheckedChunks:

@@ -14,21 +14,19 @@ from transcoder.checks import check_coverage, check_hf, ignored_names
 from transcoder.dialects import DIALECTS
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
-from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import SETS, Placement, TorchDistWriter, Wanted, place
 from transcoder.hfconfig import architecture_of, normalise
-from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
 from transcoder.mesh import Mesh
 from transcoder.notation import LayoutError
 from transcoder.planner import HfTensor, McoreTensor, Model, build_model
 from transcoder.progress import Tally
 from transcoder.recipes import recipe_for
 from transcoder.sizing import axis_sizes
-from transcoder.spec import DTYPES, Chunk, DType
+from transcoder.spec import DTYPES, DType
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
-    from transcoder.engine import Sink
+    from transcoder.engine import Array, Sink
 
 TOKENIZER_FILES = (
     "tokenizer",
@@ -168,13 +166,13 @@ def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally:
 
 def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> dict[str, str]:
     """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
-    from transcoder.engine import fill, run_groups
+    from transcoder.engine import Payloads, fill, run_groups
 
-    views = {shard.name: map_file(plan.source.path / shard.name) for shard in plan.source.shards}
+    payloads = Payloads(plan.source)
     catalog, digests = plan.source.catalog, dict[str, str]()
 
     def move(tensor: HfTensor) -> None:
-        digests[tensor.name] = _move(plan, tensor, catalog[tensor.name].chunks[0], views, sink, tally)
+        digests[tensor.name] = _move(plan, tensor, partial(payloads.read, catalog[tensor.name]), sink, tally)
 
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
     groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
@@ -187,26 +185,19 @@ def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> d
     return digests
 
 
-def _move(
-    plan: ImportPlan, tensor: HfTensor, place: Chunk, views: dict[str, memoryview], sink: Sink, tally: Tally
-) -> str:
+def _move(plan: ImportPlan, tensor: HfTensor, read: Callable[[int, int], Array], sink: Sink, tally: Tally) -> str:
     """Send one tensor to its chunks, band by band. Returns its digest."""
-    from transcoder.engine import TreeDigest, bands, converted, elements, scatter
+    from transcoder.engine import TreeDigest, bands, converted, scatter
 
     stored, target, tree = tensor.family.dtype(plan.stored), tensor.family.dtype(plan.dtype), TreeDigest()
     for start, stop in bands(tensor.shape, stored):
-        data = views[place.file][place.offset + start * stored.size : place.offset + stop * stored.size]
-        band = converted(elements(data, stored), stored, target)
+        data = read(start, stop)
+        band = converted(data, stored, target)
         tree.add(band)
         scatter(plan.atlas, tensor, start, band, sink)
-        tally.moved(len(data))
+        tally.moved(data.nbytes)
     tally.finished(tensor)
     return tree.text()
-
-
-def trackers() -> set[str]:
-    """Names of the trackers that this import writes or makes wrong."""
-    return {TEXT_TRACKER, STATE_TRACKER}
 
 
 def mcore_key(tensor: HfTensor) -> str:

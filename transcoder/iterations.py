@@ -10,7 +10,7 @@ from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.torch_dist import map_file
 from transcoder.formats.trainstate import step_of
 
-TEXT_TRACKER, STATE_TRACKER = "latest_checkpointed_iteration.txt", "latest_train_state.pt"
+TEXT_TRACKER, STATE_TRACKER = TRACKERS = ("latest_checkpointed_iteration.txt", "latest_train_state.pt")
 
 
 def find_iteration(path: Path) -> Path:

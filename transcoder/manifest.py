@@ -88,8 +88,8 @@ def changed_files(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[P
             found, hint = "no such file", "copy it again"
         elif path.stat().st_size != size:
             found, hint = f"{path.stat().st_size} bytes", "the file was changed, or not copied in full"
-        elif row["digest"].startswith("xxh3") and file_digest(path.read_bytes()) != row["digest"]:
-            found, hint = file_digest(path.read_bytes()), "the file was changed"
+        elif row["digest"].startswith("xxh3") and (digest := file_digest(path.read_bytes())) != row["digest"]:
+            found, hint = digest, "the file was changed"
         else:
             continue
         expected = f"{size} bytes, {row['digest']}"

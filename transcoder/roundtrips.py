@@ -6,11 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from transcoder.engine import Array, Scratch, bands, converted, elements, gather, run_groups, scatter
+from transcoder.engine import Array, Payloads, Scratch, bands, converted, gather, run_groups, scatter
 from transcoder.errors import DifferenceError, Problem
 from transcoder.exporting import shard_files
 from transcoder.formats.safetensors import INDEX_NAME
-from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import write_all
 from transcoder.importing import ImportPlan
 from transcoder.paths import write_file
@@ -25,21 +24,19 @@ def through_memory(plan: ImportPlan, workers: int, tally: Tally, store: Store | 
 
     Every copy of the plan is carried out in both directions, every band on its own, so memory stays bounded.
     """
-    views = {shard.name: map_file(plan.source.path / shard.name) for shard in plan.source.shards}
+    payloads = Payloads(plan.source)
     specs = sorted(plan.source.catalog.values(), key=lambda spec: (spec.chunks[0].file, spec.chunks[0].offset))
     jobs: list[Callable[[], None]] = [
-        partial(_there_and_back, plan, spec, views[spec.chunks[0].file], tally, store)
-        for spec in specs
-        if spec.name in plan.model.hf
+        partial(_there_and_back, plan, spec, payloads, tally, store) for spec in specs if spec.name in plan.model.hf
     ]
     run_groups([jobs[i::workers] for i in range(workers)], workers)
 
 
-def _there_and_back(plan: ImportPlan, spec: TensorSpec, view: memoryview, tally: Tally, store: Store | None) -> None:
-    tensor, base, size = plan.model.hf[spec.name], spec.chunks[0].offset, spec.dtype.size
+def _there_and_back(plan: ImportPlan, spec: TensorSpec, payloads: Payloads, tally: Tally, store: Store | None) -> None:
+    tensor = plan.model.hf[spec.name]
     target = tensor.family.dtype(plan.dtype)
     for start, stop in bands(tensor.shape, spec.dtype):
-        band = elements(view[base + start * size : base + stop * size], spec.dtype)
+        band = payloads.read(spec, start, stop)
         scratch = Scratch()
         scatter(plan.atlas, tensor, start, converted(band, spec.dtype, target), scratch.store)
         back = gather(plan.atlas, tensor, start, stop, target, scratch.fetch)
@@ -49,7 +46,7 @@ def _there_and_back(plan: ImportPlan, spec: TensorSpec, view: memoryview, tally:
             raise DifferenceError("the round trip is not the identity", kind="difference", problems=[problem])
         if store is not None:
             store(spec, start, back)
-        tally.moved(stop * size - start * size)
+        tally.moved(band.nbytes)
     tally.finished(tensor)
 
 

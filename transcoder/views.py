@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from transcoder.engine import Array, CheckedChunks, bands, converted, elements, gather
+from transcoder.checking import is_hf
+from transcoder.engine import Array, CheckedChunks, Payloads, bands, converted, gather
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import map_file
 from transcoder.kernels.casts import to_float32
@@ -29,7 +30,7 @@ class View:
 
 def open_view(path: Path, hf_model: Path | None) -> View:
     """A view of a Hugging Face directory or a Megatron checkpoint, recognised by its marker files."""
-    if (path / "config.json").is_file() and not (path / ".metadata").is_file():
+    if is_hf(path):
         return hf_view(path)
     return megatron_view(open_megatron(path, hf_model))
 
@@ -37,13 +38,10 @@ def open_view(path: Path, hf_model: Path | None) -> View:
 def hf_view(path: Path, follow_links: bool = False) -> View:
     """A Hugging Face directory, read in place."""
     source = open_hf(path, follow_links)
-    files = {shard.name: map_file(path / shard.name) for shard in source.shards}
-    catalog = source.catalog
+    payloads, catalog = Payloads(source), source.catalog
 
     def read(name: str, start: int, stop: int) -> Array:
-        spec = catalog[name]
-        base, size = spec.chunks[0].offset, spec.dtype.size
-        return elements(files[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
+        return payloads.read(catalog[name], start, stop)
 
     return View({name: (spec.dtype, spec.shape) for name, spec in catalog.items()}, read)
 
