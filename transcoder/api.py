@@ -163,7 +163,7 @@ def plan_mcore2hf(
 
     reference = Path(hf_model) if hf_model else None
     megatron = open_megatron(Path(src), reference, arch, "" if expert_layout == "like-source" else expert_layout)
-    return plan_export(megatron, reference, dtype=dtype, max_shard=size_of(max_shard_size))
+    return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size))
 
 
 def _verify_export(plan: ExportPlan, folder: Path) -> None:
@@ -211,23 +211,17 @@ def roundtrip(
     started = time.monotonic()
     hands = worker_count(workers, memory)
     place = Path(dst) / Path(src).resolve().name if dst else None
-    for path in (place, Path(megatron_save_path) if megatron_save_path else None):
-        if path is not None:
-            check_free(path, Path(src), overwrite)
+    for path in (place, megatron_save_path):
+        if path:
+            check_free(Path(path), Path(src), overwrite)
     work = plan_hf2mcore(src, **options)
     total = sum(spec.nbytes for spec in work.source.catalog.values())
     tally = Tally(work.model, total, progress)
+    run: dict[str, Any] = {"workers": workers, "memory": memory, "sync": sync, "overwrite": overwrite}
     if megatron_save_path:
-        saving: dict[str, Any] = {
-            "workers": workers,
-            "memory": memory,
-            "sync": sync,
-            "overwrite": overwrite,
-            "progress": progress,
-        }
-        hf2mcore(src, megatron_save_path, **saving, **options)
+        hf2mcore(src, megatron_save_path, progress=progress, **run, **options)
     if megatron := megatron_load_path or megatron_save_path:
-        _through_files(src, megatron, place, workers=workers, memory=memory, sync=sync, overwrite=overwrite)
+        _through_files(src, megatron, place, **run)
     elif place is None:
         through_memory(work, hands, tally)
     else:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from transcoder import manifest
 from transcoder.errors import Problem, UsageError, refuse
-from transcoder.formats.huggingface import open_hf
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
 from transcoder.formats.torch_dist import map_file
 from transcoder.megatron import Megatron
@@ -38,14 +37,12 @@ class ExportPlan:
     digests: dict[str, str]
 
 
-def plan_export(
-    source: Megatron, hf_model: Path | None = None, *, dtype: str = "", max_shard: int = 5_000_000_000
-) -> ExportPlan:
+def plan_export(source: Megatron, *, dtype: str = "", max_shard: int = 5_000_000_000) -> ExportPlan:
     """Where every exported tensor goes: the original shards if known, else shards of at most `max_shard` bytes."""
     if max_shard < 1:
         raise UsageError("--max-shard-size: give a size of 1 byte or more", kind="size")
     target = DTYPES[dtype] if dtype else source.dtype
-    headers, index = _known_headers(source, hf_model)
+    headers, index = _known_headers(source)
     shards = _restored(source, headers, target)
     if shards is None:
         shards, index = _fresh(source, target, max_shard)
@@ -54,11 +51,11 @@ def plan_export(
     return ExportPlan(source, shards, index, side_files, target, {row["name"]: row["tree"] for row in rows})
 
 
-def _known_headers(source: Megatron, hf_model: Path | None) -> tuple[dict[str, tuple[bytes, int]], bytes | None]:
+def _known_headers(source: Megatron) -> tuple[dict[str, tuple[bytes, int]], bytes | None]:
     """Header bytes and file size of the original shards, and the index file."""
-    if hf_model is not None and any(hf_model.glob("*.safetensors")):
-        directory = open_hf(hf_model)
-        return {shard.name: (shard.header, shard.size) for shard in directory.shards}, directory.index
+    if source.original is not None:
+        shards = source.original.shards
+        return {shard.name: (shard.header, shard.size) for shard in shards}, source.original.index
     if source.manifest is None:
         return {}, None
     restore = source.manifest["restore"]

@@ -12,7 +12,7 @@ from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_mcore
 from transcoder.dialects import dialect_of
 from transcoder.errors import Problem, refuse
-from transcoder.formats.huggingface import open_hf
+from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
 from transcoder.iterations import find_iteration
@@ -34,6 +34,7 @@ class Megatron:
     dtype: DType
     architecture: str  # the Hugging Face class
     reference: Path  # directory of config.json, tokenizer and the other side files
+    original: HfDirectory | None  # the directory that the user gave, if it holds weights
     manifest: dict[str, Any] | None
 
     @property
@@ -60,7 +61,8 @@ def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "", expe
     recipe = recipe_for(architecture)
     values = normalise(config)
     dialect = dialect_of(store.tensors)
-    names = _original_names(table, hf_model)
+    original = open_hf(hf_model) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
+    names = original.catalog if original else [row["name"] for row in (table or {}).get("tensors", [])]
     values |= export_variants(recipe, store.tensors, dialect == "stacked", names, expert_layout)
     sizes = axis_sizes(recipe, values, sum(prod(shape) for _, shape, _ in store.tensors.values()), _most_layers(store))
     sizes["pad"] = max(0, _embedding_rows(store) - sizes["vocab"])
@@ -68,14 +70,8 @@ def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "", expe
     check_mcore(model, store.catalog)
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
-    return Megatron(folder, store, model, atlas, _one_dtype(model, store), architecture, reference, table)
-
-
-def _original_names(table: dict[str, Any] | None, hf_model: Path | None) -> list[str]:
-    """Names of the original's tensors: those of `hf_model`, if it has weights, else the manifest's."""
-    if hf_model is not None and any(hf_model.glob("*.safetensors")):
-        return list(open_hf(hf_model).catalog)
-    return [row["name"] for row in (table or {}).get("tensors", [])]
+    usual = _one_dtype(model, store)
+    return Megatron(folder, store, model, atlas, usual, architecture, reference, original, table)
 
 
 def _embedding_rows(store: TorchDist) -> int:

@@ -137,6 +137,8 @@ DENSE = {
     "seq_length": "max_position_embeddings or 2048",
 }
 
+NO_BIAS = {"add_bias_linear": "False", "add_qkv_bias": "False"}
+
 # Conditions under which the weights are right but a field of the config has no counterpart that was measured.
 CHECKS = {
     "rope_type is not None and rope_type != 'default'": "rope_scaling is not carried into the Megatron configuration",

@@ -8,6 +8,8 @@ from __future__ import annotations
 from transcoder.recipe import Rule, rule
 from transcoder.recipes.blocks import CHECKS, D, H
 
+EVERY_LAYER = {"sparse": "True"}
+SOME_LAYERS = {"sparse": "l not in (mlp_only_layers or ()) and (l + 1) % (decoder_sparse_step or 1) == 0"}  # of Qwen
 EXPERT_AXES = {"mf": "moe_intermediate_size", "mgate": "mf", "mup": "mf"}
 X = f"{D}mlp.experts.experts.{{e}}."
 
@@ -106,4 +108,5 @@ MOE = {
     "moe_grouped_gemm": "True",
     "moe_token_dispatcher_type": "'alltoall'",
     "moe_layer_freq": "1 if all_sparse else sparse_layers",
+    "moe_router_pre_softmax": "not norm_topk_prob",
 }

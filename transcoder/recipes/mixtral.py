@@ -1,8 +1,9 @@
 """Mixtral: Mistral's attention, experts w1 (gate), w3 (up), w2 (down) in every layer."""
 
 from transcoder.recipe import Recipe
-from transcoder.recipes.blocks import ATTENTION, ATTENTION_STATE, AXES, DENSE, EMBED, FINAL
+from transcoder.recipes.blocks import ATTENTION, ATTENTION_STATE, AXES, DENSE, EMBED, FINAL, NO_BIAS
 from transcoder.recipes.experts import (
+    EVERY_LAYER,
     EXPERT_AXES,
     EXPERT_CHECKS,
     EXPERT_NORM,
@@ -21,7 +22,7 @@ RECIPE = Recipe(
     name="mixtral",
     hf={"MixtralForCausalLM": "mixtral"},
     axes=AXES | {"e": "num_local_experts"} | EXPERT_AXES | {"mf": "intermediate_size"},
-    kinds={"sparse": "True"},
+    kinds=EVERY_LAYER,
     rules=(
         *EMBED,
         *ATTENTION,
@@ -32,7 +33,7 @@ RECIPE = Recipe(
         *FINAL,
     ),
     extra_state=ATTENTION_STATE + EXPERT_STATE,
-    model=DENSE | MOE | {"add_bias_linear": "False", "add_qkv_bias": "False", "moe_router_pre_softmax": "False"},
+    model=DENSE | MOE | NO_BIAS | {"moe_router_pre_softmax": "False"},
     checks=EXPERT_CHECKS,
     hf_variants=expert_variants(f"{SPARSE}.{{e}}.w2.weight"),
     mcore_variants=NORM_VARIANTS,

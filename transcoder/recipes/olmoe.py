@@ -1,8 +1,20 @@
 """OLMoE: experts in every layer; the norms of queries and keys run over all heads at once."""
 
 from transcoder.recipe import Recipe, rule
-from transcoder.recipes.blocks import ATTENTION, ATTENTION_STATE, AXES, DENSE, EMBED, FINAL, QK_NORM_STATE, D, H
+from transcoder.recipes.blocks import (
+    ATTENTION,
+    ATTENTION_STATE,
+    AXES,
+    DENSE,
+    EMBED,
+    FINAL,
+    NO_BIAS,
+    QK_NORM_STATE,
+    D,
+    H,
+)
 from transcoder.recipes.experts import (
+    EVERY_LAYER,
     EXPERT_AXES,
     EXPERT_CHECKS,
     EXPERT_NORM,
@@ -19,7 +31,7 @@ RECIPE = Recipe(
     name="olmoe",
     hf={"OlmoeForCausalLM": "olmoe"},
     axes=AXES | {"e": "num_experts or num_local_experts"} | EXPERT_AXES | {"mf": "intermediate_size"},
-    kinds={"sparse": "True"},
+    kinds=EVERY_LAYER,
     rules=(
         *EMBED,
         *ATTENTION,
@@ -32,14 +44,7 @@ RECIPE = Recipe(
         *FINAL,
     ),
     extra_state=ATTENTION_STATE + QK_NORM_STATE + EXPERT_STATE,
-    model=DENSE
-    | MOE
-    | {
-        "qk_layernorm": "True",
-        "add_bias_linear": "False",
-        "add_qkv_bias": "False",
-        "moe_router_pre_softmax": "not norm_topk_prob",
-    },
+    model=DENSE | MOE | NO_BIAS | {"qk_layernorm": "True"},
     checks=EXPERT_CHECKS
     | {
         "clip_qkv is not None": "clip_qkv has no counterpart in megatron-core",

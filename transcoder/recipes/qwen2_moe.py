@@ -20,6 +20,7 @@ from transcoder.recipes.experts import (
     MOE,
     NORM_VARIANTS,
     SHARED_STATE,
+    SOME_LAYERS,
     expert_variants,
     fused,
     per_expert,
@@ -35,7 +36,7 @@ RECIPE = Recipe(
     | {"e": "num_experts or num_local_experts", "sf": "shared_expert_intermediate_size", "sgate": "sf", "sup": "sf"}
     | {"one": "1"}
     | EXPERT_AXES,
-    kinds={"sparse": "l not in (mlp_only_layers or ()) and (l + 1) % (decoder_sparse_step or 1) == 0"},
+    kinds=SOME_LAYERS,
     rules=(
         *EMBED,
         *ATTENTION,
@@ -55,7 +56,6 @@ RECIPE = Recipe(
     | {
         "add_bias_linear": "False",
         "add_qkv_bias": "qkv_bias is not False",
-        "moe_router_pre_softmax": "not norm_topk_prob",
         "moe_shared_expert_intermediate_size": "sf",
         "moe_shared_expert_gate": "True",
     },

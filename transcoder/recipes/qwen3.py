@@ -10,6 +10,7 @@ from transcoder.recipes.blocks import (
     EXTRA_STATE,
     FINAL,
     GATED_MLP,
+    NO_BIAS,
     QK_NORM,
     QK_NORM_STATE,
 )
@@ -20,6 +21,6 @@ RECIPE = Recipe(
     axes=AXES | {"d": "head_dim or 128"},
     rules=EMBED + ATTENTION + QK_NORM + GATED_MLP + FINAL,
     extra_state=EXTRA_STATE + QK_NORM_STATE,
-    model=DENSE | {"qk_layernorm": "True", "add_bias_linear": "False", "add_qkv_bias": "False"},
+    model=DENSE | NO_BIAS | {"qk_layernorm": "True"},
     checks=CHECKS,
 )

@@ -8,6 +8,7 @@ from transcoder.recipes.blocks import (
     DENSE,
     EMBED,
     FINAL,
+    NO_BIAS,
     QK_NORM,
     QK_NORM_STATE,
     gated_mlp,
@@ -20,6 +21,7 @@ from transcoder.recipes.experts import (
     EXPERT_STATE,
     MOE,
     NORM_VARIANTS,
+    SOME_LAYERS,
     expert_variants,
     fused,
     per_expert,
@@ -32,7 +34,7 @@ RECIPE = Recipe(
     axes=AXES
     | {"d": "head_dim or hidden_size // num_attention_heads", "e": "num_experts or num_local_experts"}
     | EXPERT_AXES,
-    kinds={"sparse": "l not in (mlp_only_layers or ()) and (l + 1) % (decoder_sparse_step or 1) == 0"},
+    kinds=SOME_LAYERS,
     rules=(
         *EMBED,
         *ATTENTION,
@@ -45,14 +47,7 @@ RECIPE = Recipe(
         *FINAL,
     ),
     extra_state=ATTENTION_STATE + QK_NORM_STATE + mlp_state("not sparse") + EXPERT_STATE,
-    model=DENSE
-    | MOE
-    | {
-        "qk_layernorm": "True",
-        "add_bias_linear": "False",
-        "add_qkv_bias": "False",
-        "moe_router_pre_softmax": "not norm_topk_prob",
-    },
+    model=DENSE | MOE | NO_BIAS | {"qk_layernorm": "True"},
     checks=EXPERT_CHECKS,
     hf_variants=expert_variants(),
     mcore_variants=NORM_VARIANTS,
