@@ -68,6 +68,7 @@ def plan_hf2mcore(
     iteration: int | str = "both",
     arch: str = "",
     norm_names: str = "te",
+    mtp: str = "keep",
     follow_links: bool = False,
 ) -> ImportPlan:
     """The plan of an import, decided and proved from headers and config alone. Raises TranscoderError.
@@ -75,6 +76,7 @@ def plan_hf2mcore(
     tp, pp, ep, etp: sizes of tensor, pipeline, expert and expert-tensor parallelism. layout: one of the key dialects
     `stacked`, `per-layer` and `singleton`; by default what Megatron itself uses.
     iteration: `both`, `release` or a number. arch: the Hugging Face class, when the config does not name it.
+    mtp: `keep` or `drop` the layers of multi-token prediction.
     """
     from transcoder.importing import plan_import
 
@@ -87,6 +89,7 @@ def plan_hf2mcore(
         iteration=iteration,
         arch=arch,
         norm_names=norm_names,
+        mtp=mtp,
         follow_links=follow_links,
     )
 
@@ -95,8 +98,10 @@ def _verify_import(plan: ImportPlan, folder: Path) -> None:
     from transcoder.megatron import open_megatron
     from transcoder.views import cast_view, hf_view, megatron_view
 
-    source = cast_view(hf_view(plan.source.path, follow_links=True), plan.dtype)
-    same(source, megatron_view(open_megatron(folder, plan.source.path, plan.architecture)), only=set(plan.model.hf))
+    dtypes = {name: tensor.family.dtype(plan.dtype) for name, tensor in plan.model.hf.items()}
+    source = cast_view(hf_view(plan.source.path, follow_links=True), dtypes)
+    written = open_megatron(folder, plan.source.path, plan.architecture, quantised=True)
+    same(source, megatron_view(written), only=set(plan.model.hf))
 
 
 def worker_count(workers: int, memory: int | str) -> int:
@@ -152,24 +157,30 @@ def plan_mcore2hf(
     dtype: str = "",
     expert_layout: str = "like-source",
     max_shard_size: int | str = MAX_SHARD,
+    quantize: str = "",
 ) -> ExportPlan:
     """The plan of an export, decided and proved from metadata alone. Raises TranscoderError.
 
     hf_model: directory whose config, tokenizer and shard map are used. max_shard_size: bytes, or a text such as 5GB.
+    quantize: `like-source` to write small numbers with scales where the original has them.
     """
     from transcoder.exporting import plan_export
     from transcoder.megatron import open_megatron
     from transcoder.reports import size_of
 
     reference = Path(hf_model) if hf_model else None
-    megatron = open_megatron(Path(src), reference, arch, "" if expert_layout == "like-source" else expert_layout)
-    return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size))
+    if quantize not in ("", "like-source"):
+        raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
+    layout = "" if expert_layout == "like-source" else expert_layout
+    megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize))
+    return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
 
 
 def _verify_export(plan: ExportPlan, folder: Path) -> None:
     from transcoder.views import cast_view, hf_view, megatron_view
 
-    same(cast_view(megatron_view(plan.source), plan.dtype), hf_view(folder))
+    dtypes = {name: spec.dtype for name, spec in plan.weights.catalog.items()}
+    same(cast_view(megatron_view(plan.source), dtypes), hf_view(folder))
 
 
 def plan(src: PathLike, *, memory: int | str = MEMORY, **options: Any) -> Plan:
@@ -209,6 +220,8 @@ def roundtrip(
     from transcoder.roundtrips import into_files, through_memory
 
     started = time.monotonic()
+    if options.get("mtp") == "drop":
+        raise UsageError("a round trip gives everything back: it cannot drop layers", kind="mtp")
     hands = worker_count(workers, memory)
     place = Path(dst) / Path(src).resolve().name if dst else None
     for path in (place, megatron_save_path):
@@ -221,7 +234,7 @@ def roundtrip(
     if megatron_save_path:
         hf2mcore(src, megatron_save_path, progress=progress, **run, **options)
     if megatron := megatron_load_path or megatron_save_path:
-        _through_files(src, megatron, place, **run)
+        _through_files(src, megatron, place, bool(work.source.weights.codecs), **run)
     elif place is None:
         through_memory(work, hands, tally)
     else:
@@ -232,13 +245,13 @@ def roundtrip(
     return import_report(work, place) | {"verified": rows} | costs(started, total, written)
 
 
-def _through_files(src: PathLike, megatron: PathLike, place: Path | None, **options: Any) -> None:
+def _through_files(src: PathLike, megatron: PathLike, place: Path | None, quantised: bool, **options: Any) -> None:
     """Compare a Megatron checkpoint with `src`, exporting it to `place` first if that is given."""
     if place is not None:
-        mcore2hf(megatron, place, hf_model=src, **options)
+        mcore2hf(megatron, place, hf_model=src, quantize="like-source" if quantised else "", **options)
     verify(src, megatron if place is None else place)
 
 
 def _row(plan: ImportPlan, name: str) -> dict[str, Any]:
-    spec = plan.source.catalog[name]
+    spec = plan.source.weights.catalog[name]
     return {"tensor": name, "shape": list(spec.shape), "dtype": spec.dtype.name, "matches": True}

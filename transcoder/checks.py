@@ -11,6 +11,7 @@ from transcoder.atlas import Atlas
 from transcoder.errors import Problem, refuse
 from transcoder.formats.torch_dist import check_tiling
 from transcoder.planner import HfTensor, Model
+from transcoder.recipe import pattern
 from transcoder.spec import Box, Catalog, DType, TensorSpec, box_shape
 
 
@@ -25,7 +26,7 @@ def check_hf(model: Model, catalog: Catalog, dtype: DType, ignored: Iterable[str
                     tensor, spec, str(list(tensor.shape)), str(list(spec.shape)), "the config disagrees with the files"
                 )
             )
-        elif spec is not None and spec.dtype != tensor.family.dtype(dtype):
+        elif spec is not None and not tensor.family.accepts(spec.dtype, dtype):
             problems.append(
                 _problem(
                     tensor,
@@ -68,8 +69,8 @@ def _unknown(model: Model, catalog: Catalog, ignored: set[str]) -> Iterator[Prob
 
 def ignored_names(model: Model, catalog: Catalog) -> set[str]:
     """Tensors of the files that the recipe lists under `ignore`."""
-    patterns = [re.sub(r"\\\{[a-z]+\\\}", r"\\d+", re.escape(text)) for text in model.recipe.ignore]
-    return {name for name in catalog if any(re.fullmatch(pattern, name) for pattern in patterns)}
+    patterns = [pattern(text) for text in model.recipe.ignore]
+    return {name for name in catalog if any(each.fullmatch(name) for each in patterns)}
 
 
 def check_mcore(model: Model, catalog: Catalog) -> None:
@@ -103,7 +104,7 @@ def check_coverage(model: Model, atlas: Atlas) -> None:
     for tensor in model.hf.values():
         moved = 0
         for key, chunk, copy in atlas.pieces(tensor, 0, prod(tensor.shape)):
-            filled[key, chunk.box] = filled.get((key, chunk.box), 0) + copy.count
+            filled[key, chunk.box] = filled.get((key, chunk.box), 0) + copy.count * (not tensor.family.rule.alias)
             moved += copy.count
         if moved != prod(tensor.shape):
             problems.append(

@@ -13,10 +13,23 @@ import click
 from transcoder import phrases
 from transcoder.console import Console
 from transcoder.errors import UsageError
-from transcoder.options import ARCH, COMMON, COST, DTYPE, GRID, HUGGING_FACE, LINKS, MEGATRON, WRITING, console, options
+from transcoder.options import (
+    ARCH,
+    COMMON,
+    COST,
+    DTYPE,
+    GRID,
+    HUGGING_FACE,
+    LINKS,
+    MEGATRON,
+    MTP,
+    WRITING,
+    console,
+    options,
+)
 
 Report = dict[str, Any]
-IMPORT = (GRID, MEGATRON, DTYPE, ARCH, LINKS, WRITING, COMMON)
+IMPORT = (GRID, MEGATRON, MTP, DTYPE, ARCH, LINKS, WRITING, COMMON)
 EXPORT = (HUGGING_FACE, DTYPE, ARCH, WRITING, COMMON)
 CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 
@@ -169,7 +182,7 @@ def roundtrip(src: str | None, dst: str | None, hf_model_id: str | None, output_
 
 @cli.command()
 @click.argument("src")
-@options(GRID, MEGATRON, HUGGING_FACE, DTYPE, ARCH, LINKS, COST, COMMON)
+@options(GRID, MEGATRON, MTP, HUGGING_FACE, DTYPE, ARCH, LINKS, COST, COMMON)
 def plan(src: str, **chosen: Any) -> int:
     """What hf2mcore or mcore2hf would do, from headers alone."""
     out = console("plan", chosen, src)

@@ -82,7 +82,7 @@ def extra_state_keys(module: str, dialect: str, layers: Sequence[int], sizes: Ma
     module: as in `Side.name`, with `{l}` and `{e}`. layers: those that have the module.
     """
     moved = _moved(module, dialect)
-    names = [axis for axis in ("l", "e") if f"{{{axis}}}" in module]
+    names = re.findall(r"\{(\w+)\}", module)
     shape = ".".join(str(sizes[axis]) for axis in moved) or "1"
     for values in combinations(*(layers if axis == "l" else range(sizes[axis]) for axis in names)):
         index = dict(zip(names, values, strict=True))

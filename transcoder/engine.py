@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from transcoder.atlas import Atlas
+from transcoder.codecs import Codec
 from transcoder.errors import Problem, refuse
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.torch_dist import map_file
@@ -54,13 +55,47 @@ def elements(data: memoryview, dtype: DType) -> Array:
 
 
 class Payloads:
-    """The files of a Hugging Face directory, mapped; tensors are read as flat element ranges (raw bits)."""
+    """The files of a Hugging Face directory, mapped; weights are read as flat element ranges (raw bits)."""
 
     def __init__(self, source: HfDirectory) -> None:
         self._views = {shard.name: map_file(source.path / shard.name) for shard in source.shards}
+        self.weights = source.weights
 
-    def read(self, spec: TensorSpec, start: int, stop: int) -> Array:
-        """The elements [start, stop) of a tensor, in place."""
+    def bands(self, name: str) -> Iterator[tuple[int, int]]:
+        """The bands in which a weight is best read: blocks of small numbers stay whole."""
+        codec, spec = self.weights.codecs.get(name), self.weights.catalog[name]
+        if codec is None:
+            yield from bands(spec.shape, spec.dtype)
+        else:
+            for start, stop in codec.row_bands(BAND):
+                yield start * spec.shape[-1], stop * spec.shape[-1]
+
+    def read(self, name: str, start: int, stop: int) -> Array:
+        """The elements [start, stop) of a weight; in place, unless they have to be decoded."""
+        codec, spec = self.weights.codecs.get(name), self.weights.catalog[name]
+        if codec is None:
+            return self.stored(spec, start, stop)
+        width = spec.shape[-1]
+        first = start // width // codec.rows * codec.rows
+        last = min(-(-stop // (width * codec.rows)) * codec.rows, prod(spec.shape[:-1]))
+        values: Array = codec.decode(self.parts(codec, first, last), spec.dtype.name)
+        return values[start - first * width : stop - first * width]
+
+    def weigh(self, name: str, start: int, stop: int) -> int:
+        """Stored bytes behind the elements [start, stop) of a band."""
+        codec, spec = self.weights.codecs.get(name), self.weights.catalog[name]
+        if codec is None:
+            return (stop - start) * spec.dtype.size
+        places = codec.places(start // spec.shape[-1], stop // spec.shape[-1])
+        return sum((b - a) * part.dtype.size for part, (a, b) in zip(codec.parts, places, strict=True))
+
+    def parts(self, codec: Codec, start: int, stop: int) -> tuple[Array, ...]:
+        """What is stored of the rows [start, stop) of a weight that has a codec."""
+        places = codec.places(start, stop)
+        return tuple(self.stored(part, *place) for part, place in zip(codec.parts, places, strict=True))
+
+    def stored(self, spec: TensorSpec, start: int, stop: int) -> Array:
+        """The elements [start, stop) of a tensor as they are stored, in place."""
         base, size = spec.chunks[0].offset, spec.dtype.size
         return elements(self._views[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
 
@@ -153,9 +188,13 @@ class CheckedChunks:
         self._covered: dict[tuple[str, Box], int] = {}
         self._lock = threading.Lock()  # one chunk can be read by two workers: q and v of a layer in two shards
 
+    def again(self, key: str, chunk: Chunk, start: int, count: int) -> memoryview:
+        """Payload bytes [start, start + count) that `fetch` gives, too, and checks."""
+        return self._view(chunk.file)[chunk.offset + start : chunk.offset + start + count]
+
     def fetch(self, key: str, chunk: Chunk, start: int, count: int) -> memoryview:
         """Payload bytes [start, start + count) of a chunk. Raises InputError when a completed chunk is damaged."""
-        data = self._view(chunk.file)[chunk.offset + start : chunk.offset + start + count]
+        data = self.again(key, chunk, start, count)
         place, part = (key, chunk.box), (start, count, crc32(data))
         with self._lock:
             self._parts.setdefault(place, []).append(part)
@@ -164,6 +203,10 @@ class CheckedChunks:
         if done is not None:
             self._compare(key, chunk, combined(done))
         return data
+
+    def reader(self, tensor: HfTensor) -> Fetch:
+        """How a tensor is fetched: a copy of another one is not read for the first time."""
+        return self.again if tensor.family.rule.alias else self.fetch
 
     def finish(self) -> None:
         """Raise RuntimeError when a chunk was read only in part, so that its checksum was never compared."""
@@ -216,18 +259,32 @@ def converted(band: Array, source: DType, target: DType) -> Array:
 
 
 class TreeDigest:
-    """xxh3-128 of the list of its bands' xxh3-128 digests: `xxh3-128/band`."""
+    """xxh3-128 of its leaves' xxh3-128 digests; a leaf is a band of the tensor in the checkpoint's dtype."""
 
-    def __init__(self) -> None:
-        self._leaves = xxhash.xxh3_128()
+    def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
+        self._leaf = next((stop - start for start, stop in bands(shape, dtype)), 1) * dtype.size  # bytes
+        self._root, self._open, self._room = xxhash.xxh3_128(), xxhash.xxh3_128(), self._leaf
 
     def add(self, band: Array) -> None:
-        """The next band, in order."""
-        self._leaves.update(xxhash.xxh3_128(band.data.cast("B")).digest())
+        """The next elements, in order, however many."""
+        data = band.data.cast("B")
+        while len(data):
+            self._open.update(data[: self._room])
+            taken = min(self._room, len(data))
+            data, self._room = data[taken:], self._room - taken
+            if not self._room:
+                self._close()
+
+    def _close(self) -> None:
+        self._root.update(self._open.digest())
+        self._open.reset()
+        self._room = self._leaf
 
     def text(self) -> str:
         """The digest as it stands in a manifest."""
-        return f"xxh3-128/4MiB:{self._leaves.hexdigest()}"
+        if self._room < self._leaf:
+            self._close()
+        return f"xxh3-128/4MiB:{self._root.hexdigest()}"
 
 
 def run_groups(groups: Iterable[list[Callable[[], None]]], workers: int) -> None:

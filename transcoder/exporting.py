@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transcoder import manifest
+from transcoder.codecs import Weights, weights_of
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
 from transcoder.formats.torch_dist import map_file
+from transcoder.hfconfig import read_config
 from transcoder.megatron import Megatron
+from transcoder.outgoing import changed, config_changes
 from transcoder.paths import write_file
 from transcoder.progress import Tally
 from transcoder.spec import DTYPES, DType, TensorSpec
 
 if TYPE_CHECKING:
-    from transcoder.engine import Fetch
+    from transcoder.engine import CheckedChunks, Fetch
 
 
 @dataclass(frozen=True)
@@ -35,49 +38,70 @@ class ExportPlan:
     side_files: tuple[str, ...]
     dtype: DType
     digests: dict[str, str]
+    weights: Weights  # what the tensors of the shards mean
+    changes: Mapping[str, Any]  # of config.json
 
 
-def plan_export(source: Megatron, *, dtype: str = "", max_shard: int = 5_000_000_000) -> ExportPlan:
-    """Where every exported tensor goes: the original shards if known, else shards of at most `max_shard` bytes."""
+def plan_export(
+    source: Megatron, *, dtype: str = "", max_shard: int = 5_000_000_000, quantised: bool = False
+) -> ExportPlan:
+    """Where every exported tensor goes: the original shards if known, else shards of at most `max_shard` bytes.
+
+    quantised: write weights as small numbers with scales where the original does. Raises InputError.
+    """
     if max_shard < 1:
         raise UsageError("--max-shard-size: give a size of 1 byte or more", kind="size")
     target = DTYPES[dtype] if dtype else source.dtype
-    headers, index = _known_headers(source)
-    shards = _restored(source, headers, target)
-    if shards is None:
+    config = read_config(source.reference)
+    shards, index, weights = _known(source, config)
+    if quantised and not weights.codecs:
+        hint = "give --hf-model with the quantised original"
+        raise refuse("quantised", f"no quantised original is known: {hint}", [Problem(file=str(source.path))])
+    fits = _fits(source, weights, target)
+    if quantised and not fits:
+        raise refuse("quantised", "the original's tensors are not those of this checkpoint")
+    changes: dict[str, Any] = {}
+    if not fits or (weights.codecs and not quantised):
         shards, index = _fresh(source, target, max_shard)
+        weights = weights_of(_catalog(shards), {})
+        changes = config_changes(source, config, target)
     side_files = tuple(sorted(_files_below(source.reference)))
     rows = (source.manifest or {}).get("tensors", [])
-    return ExportPlan(source, shards, index, side_files, target, {row["name"]: row["tree"] for row in rows})
+    digests = {row["name"]: row["tree"] for row in rows}
+    return ExportPlan(source, shards, index, side_files, target, digests, weights, changes)
 
 
-def _known_headers(source: Megatron) -> tuple[dict[str, tuple[bytes, int]], bytes | None]:
-    """Header bytes and file size of the original shards, and the index file."""
+def _catalog(shards: Iterable[Shard]) -> dict[str, TensorSpec]:
+    return {spec.name: spec for shard in shards for spec in shard.tensors}
+
+
+def _known(source: Megatron, config: Mapping[str, Any]) -> tuple[tuple[Shard, ...], bytes | None, Weights]:
+    """The original's shards, index file and weights; nothing where none is known."""
     if source.original is not None:
-        shards = source.original.shards
-        return {shard.name: (shard.header, shard.size) for shard in shards}, source.original.index
+        original = source.original
+        return original.shards, original.index, original.weights
     if source.manifest is None:
-        return {}, None
+        return (), None, Weights({}, {})
     restore = source.manifest["restore"]
     sizes = {row["name"]: row["size"] for row in source.manifest["source"]["files"]}
-    headers = {name: (manifest.unpack(text), sizes[name]) for name, text in restore["headers"].items()}
-    return headers, manifest.unpack(restore["index"]) if restore["index"] else None
+    shards = tuple(_shard_of(name, manifest.unpack(text), sizes[name]) for name, text in restore["headers"].items())
+    index = manifest.unpack(restore["index"]) if restore["index"] else None
+    return shards, index, weights_of(_catalog(shards), config)
 
 
-def _restored(source: Megatron, headers: dict[str, tuple[bytes, int]], dtype: DType) -> tuple[Shard, ...] | None:
-    """The original shards, if they hold exactly this model's tensors in this dtype."""
-    shards = []
-    for name, (header, size) in headers.items():
-        if not plain_name(name):
-            raise refuse("manifest", "a shard's name is not a plain file name", [Problem(file=name)])
-        shards.append(Shard(name, size, header, shard_tensors(name, header, size)))
-    found = {spec.name: spec for shard in shards for spec in shard.tensors}
-    wanted = source.model.hf
-    fits = found.keys() == wanted.keys() and all(
-        spec.shape == wanted[name].shape and spec.dtype == wanted[name].family.dtype(dtype)
+def _shard_of(name: str, header: bytes, size: int) -> Shard:
+    if not plain_name(name):
+        raise refuse("manifest", "a shard's name is not a plain file name", [Problem(file=name)])
+    return Shard(name, size, header, shard_tensors(name, header, size))
+
+
+def _fits(source: Megatron, weights: Weights, dtype: DType) -> bool:
+    """Whether these weights are exactly the model's in this dtype."""
+    found, wanted = weights.catalog, source.model.hf
+    return found.keys() == wanted.keys() and all(
+        spec.shape == wanted[name].shape and wanted[name].family.accepts(spec.dtype, dtype)
         for name, spec in found.items()
     )
-    return tuple(shards) if fits else None
 
 
 def _fresh(source: Megatron, dtype: DType, max_shard: int) -> tuple[tuple[Shard, ...], bytes | None]:
@@ -135,7 +159,8 @@ def stale_weights(folder: Path) -> set[str]:
 def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> list[str]:
     """Write the whole directory into the folder `work`. Returns warnings. Raises InputError on damage."""
     for name in plan.side_files:
-        write_file(work / name, (plan.source.reference / name).read_bytes(), sync)
+        data = (plan.source.reference / name).read_bytes()
+        write_file(work / name, changed(data, plan.changes) if name == "config.json" else data, sync)
     warnings = stream_export(plan, work, workers, sync, tally)
     if plan.index is not None:
         write_file(work / INDEX_NAME, plan.index, sync)
@@ -145,18 +170,20 @@ def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, tally:
 def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally: Tally) -> list[str]:
     """Move every payload byte into the shards; check checksums, digests and filler on the way. Returns warnings."""
     from transcoder.engine import CheckedChunks, run_groups
+    from transcoder.scales import Kept, encode_weight
 
     source = plan.source
     views = {name: map_file(source.path / name) for name in source.files}
-    chunks = CheckedChunks(views.__getitem__)
+    chunks, kept, warnings = CheckedChunks(views.__getitem__), Kept(source), list[str]()
     with shard_files(plan.shards, work, sync) as files:
-        groups: list[list[Callable[[], None]]] = [
-            [partial(_move, plan, spec, files[shard.name], chunks.fetch, tally, sync)]
-            for shard in plan.shards
-            for spec in shard.tensors
-        ]
-        run_groups(groups, workers)
-        warnings = check_filler(source, chunks.fetch)
+        groups: dict[str, list[Callable[[], None]]] = {shard.name: [] for shard in plan.shards}
+        for name, spec in sorted(plan.weights.catalog.items(), key=lambda item: item[1].chunks[0].offset):
+            job = partial(encode_weight, plan, name, files, chunks, kept, warnings)
+            if name not in plan.weights.codecs:
+                job = partial(_move, plan, spec, files[spec.chunks[0].file], chunks, sync)
+            groups[spec.chunks[0].file].append(partial(job, tally))
+        run_groups(groups.values(), workers)
+        warnings += check_filler(source, chunks.fetch)
         chunks.finish()
     return warnings
 
@@ -177,28 +204,31 @@ def shard_files(shards: Iterable[Shard], work: Path, sync: bool) -> Iterator[dic
             os.close(file)
 
 
-def _move(plan: ExportPlan, spec: TensorSpec, file: int, fetch: Fetch, tally: Tally, flush: bool) -> None:
+def _move(plan: ExportPlan, spec: TensorSpec, file: int, chunks: CheckedChunks, flush: bool, tally: Tally) -> None:
     """Collect one tensor from its chunks into its place in a shard; compare its digest with the manifest's."""
     from transcoder.engine import TreeDigest, bands, converted, gather_for
     from transcoder.formats.torch_dist_writer import start_flush, write_all
 
-    source, tree, place = plan.source, TreeDigest(), spec.chunks[0]
+    source, place = plan.source, spec.chunks[0]
     tensor = source.model.hf[spec.name]
-    stored, target = tensor.family.dtype(source.dtype), tensor.family.dtype(plan.dtype)
+    stored = tensor.family.dtype(source.dtype)
+    tree, fetch = TreeDigest(tensor.shape, stored), chunks.reader(tensor)
     for start, stop in bands(tensor.shape, stored):
-        offset = place.offset + start * target.size
+        offset = place.offset + start * spec.dtype.size
         band = gather_for(offset, source.atlas, tensor, start, stop, stored, fetch)
         tree.add(band)
-        data = converted(band, stored, target).data.cast("B")
+        data = converted(band, stored, spec.dtype).data.cast("B")
         write_all(file, data, offset)
         if flush:
             start_flush(file, offset, len(data))
         tally.moved(len(data))
-    _check_digest(spec.name, plan.digests.get(spec.name, tree.text()), tree.text())
+    check_digest(plan, spec.name, tree.text())
     tally.finished(tensor)
 
 
-def _check_digest(name: str, expected: str, found: str) -> None:
+def check_digest(plan: ExportPlan, name: str, found: str) -> None:
+    """Refuse a tensor whose digest is not the manifest's. Raises InputError."""
+    expected = plan.digests.get(name, found)
     if expected != found:
         hint = "the checkpoint was changed after it was written"
         problem = Problem(tensor=name, expected=expected, found=found, hint=hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
         values |= {f"vision_{key}": value for key, value in config["vision_config"].items()}
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if isinstance(rope, dict):
+        values |= {f"rope_{key.removeprefix('rope_')}": value for key, value in _flat(rope) if key != "rope_theta"}
         values["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta")
         values["rope_type"] = rope.get("rope_type") or rope.get("type")
         values["mrope_section"] = rope.get("mrope_section")
@@ -87,6 +88,15 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("tie_word_embeddings") is None:
         values["tie_word_embeddings"] = values.get("model_type") not in UNTIED_BY_DEFAULT
     return values
+
+
+def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields of a table; those of a table inside under both names, as `full_attention_rope_theta`."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}_{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
 
 
 _TOP = ("tie_word_embeddings", "architectures", "model_type", "dtype", "torch_dtype")

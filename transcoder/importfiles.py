@@ -9,10 +9,12 @@ from typing import Any
 from transcoder import manifest
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
+from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import metadata
 from transcoder.importing import ImportPlan, is_tokenizer_file
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
 from transcoder.paths import write_file
+from transcoder.scales import NAME as SCALES
 
 TOOL_VERSION = "0.1.0"
 
@@ -37,23 +39,23 @@ def write_side_files(
             files[f"tokenizer/{name}"] = data
     last = {".metadata": metadata(plan.placement), "metadata.json": METADATA_JSON}
     trackers = _trackers(plan, linked=plan.iteration == "both" and _link(work / "release", plan.folder))
-    rows = [
-        {"name": name, "size": len(data), "digest": manifest.file_digest(data)}
-        for name, data in {**files, **last}.items()
-    ]
+    rows = [_row(name, data) for name, data in {**files, **last}.items()]
     rows += [
         {"name": name, "size": plan.placement.sizes[name], "digest": f"crc32:{crc:08x}"} for name, crc in crcs.items()
     ]
-    rows += [
-        {"name": f"../{name}", "size": len(data), "digest": manifest.file_digest(data)}
-        for name, data in trackers.items()
-    ]
+    if (folder / SCALES).exists():
+        rows.append(_row(SCALES, map_file(folder / SCALES)))
+    rows += [_row(f"../{name}", data) for name, data in trackers.items()]
     table = _table(plan, digests, sorted(rows, key=lambda row: str(row["name"])))
     for name, data in {**files, manifest.NAME: manifest.emit(table), **last}.items():
         write_file(folder / name, data, sync)
     for name, data in trackers.items():
         write_file(work / name, data, sync)
     return table
+
+
+def _row(name: str, data: bytes | memoryview) -> dict[str, Any]:
+    return {"name": name, "size": len(data), "digest": manifest.file_digest(data)}
 
 
 def _link(link: Path, folder: str) -> bool:
@@ -76,10 +78,10 @@ def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, A
     tensors = [
         {
             "name": name,
-            "dtype": plan.dtype.safetensors,
+            "dtype": tensor.family.dtype(plan.dtype).safetensors,
             "shape": list(tensor.shape),
             "tree": digests[name],
-            "exact": plan.stored == plan.dtype,
+            "exact": plan.source.weights.catalog[name].dtype == tensor.family.dtype(plan.dtype),
         }
         for name, tensor in plan.model.hf.items()
     ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product as combinations
 from pathlib import Path
@@ -20,13 +20,14 @@ from transcoder.mesh import Mesh
 from transcoder.notation import LayoutError
 from transcoder.planner import HfTensor, McoreTensor, Model, build_model
 from transcoder.progress import Tally
+from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
 from transcoder.sizing import axis_sizes
 from transcoder.spec import DTYPES, DType
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
-    from transcoder.engine import Array, Sink
+    from transcoder.engine import Payloads, Sink
 
 TOKENIZER_FILES = (
     "tokenizer",
@@ -54,6 +55,7 @@ class ImportPlan:
     placement: Placement
     atlas: Atlas
     iteration: int | str
+    ignored: tuple[str, ...]  # tensors of the source that nothing needs
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -77,6 +79,7 @@ def plan_import(
     iteration: int | str = "both",
     arch: str = "",
     norm_names: str = "",
+    mtp: str = "keep",
     follow_links: bool = False,
 ) -> ImportPlan:
     """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
@@ -86,20 +89,13 @@ def plan_import(
         raise UsageError(f"--make-vocab-size-divisible-by {divisor}: give a number of 1 or more", kind="vocabulary")
     mesh.check_positive()
     source = open_hf(src, follow_links)
-    catalog = source.catalog
-    values = normalise(source.config)
+    catalog = source.weights.catalog
     architecture = arch or architecture_of(source.config)
-    recipe = recipe_for(architecture)
-    values |= import_variants(recipe, catalog, norm_names)
-    sizes = axis_sizes(
-        recipe, values, len(catalog), max([1, *(size for spec in catalog.values() for size in spec.shape)])
-    )
-    sizes["pad"] = -sizes["vocab"] % (divisor * mesh.tp)
-    model = build_model(recipe, values, sizes, layout)
-    mesh.check(model.limits(), sizes["l"])
-    stored, warnings = _stored_dtype(source, values)
+    model, dropped = _model(source, recipe_for(architecture), mesh.tp * divisor, layout, norm_names, mtp)
+    mesh.check(model.limits(), model.sizes["l"])
+    stored, warnings = _stored_dtype(source, model.values)
     ignored = ignored_names(model, catalog)
-    check_hf(model, catalog, stored, ignored)
+    check_hf(model, catalog, stored, ignored | dropped)
     target = DTYPES[dtype] if dtype else stored
     wanted = [_wanted(tensor, mesh, target) for tensor in model.mcore.values()]
     placement = place(wanted, model.objects(), mesh.world)
@@ -110,14 +106,34 @@ def plan_import(
         *warnings,
         *(f"weights only: {reason}" for reason in model.weights_only()),
         *(f"{name} is ignored by the recipe" for name in sorted(ignored)),
+        *([f"{len(dropped)} tensors of multi-token prediction are dropped"] if dropped else []),
     )
-    padded = sizes["vocab"] + sizes["pad"]
-    return ImportPlan(source, architecture, model, mesh, stored, target, padded, placement, atlas, iteration, notes)
+    padded = model.sizes["vocab"] + model.sizes["pad"]
+    left = tuple(sorted(ignored | dropped))
+    plan = ImportPlan(source, architecture, model, mesh, stored, target, padded, placement, atlas, iteration, left)
+    return replace(plan, warnings=notes)
 
 
-def _stored_dtype(source: HfDirectory, values: dict[str, Any]) -> tuple[DType, list[str]]:
+def _model(
+    source: HfDirectory, recipe: Recipe, divisor: int, layout: str, norm_names: str, mtp: str
+) -> tuple[Model, set[str]]:
+    """The model of a directory, and the names of the tensors that are left out on request."""
+    catalog = source.weights.catalog
+    values = normalise(source.config)
+    values |= import_variants(recipe, catalog, norm_names)
+    largest = max([1, *(size for spec in catalog.values() for size in spec.shape)])
+    sizes = axis_sizes(recipe, values, len(catalog), largest)
+    sizes["pad"] = -sizes["vocab"] % divisor
+    model = build_model(recipe, values, sizes, layout)
+    if mtp != "drop" or values.get("mtp") != "keep":
+        return model, set()
+    less = build_model(recipe, values | {"mtp": "drop"}, sizes, layout)
+    return less, set(model.hf) - set(less.hf)
+
+
+def _stored_dtype(source: HfDirectory, values: Mapping[str, Any]) -> tuple[DType, list[str]]:
     found: dict[str, int] = {}
-    for spec in source.catalog.values():
+    for spec in source.weights.catalog.values():
         found[spec.dtype.name] = found.get(spec.dtype.name, 0) + spec.nbytes
     declared = values.get("dtype")
     name = declared if declared in found else max(found, key=lambda key: found[key], default="")
@@ -150,12 +166,16 @@ def _wanted(tensor: McoreTensor, mesh: Mesh, dtype: DType) -> Wanted:
 
 def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> dict[str, Any]:
     """Write the whole checkpoint into the folder `work`. Returns the manifest's table."""
+    from transcoder.scales import NAME as SCALES
+    from transcoder.scales import write_scales
+
     folder = work / plan.folder
     folder.mkdir()
     writer = TorchDistWriter(folder, plan.placement, sync)
     try:
         writer.prepare()
         digests = stream_import(plan, writer.write, workers, tally)
+        write_scales(plan.source, folder / SCALES, sync)
         crcs = writer.finish(sync)
     finally:
         writer.close()
@@ -169,10 +189,10 @@ def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> d
     from transcoder.engine import Payloads, fill, run_groups
 
     payloads = Payloads(plan.source)
-    catalog, digests = plan.source.catalog, dict[str, str]()
+    catalog, digests = plan.source.weights.catalog, dict[str, str]()
 
     def move(tensor: HfTensor) -> None:
-        digests[tensor.name] = _move(plan, tensor, partial(payloads.read, catalog[tensor.name]), sink, tally)
+        digests[tensor.name] = _move(plan, tensor, payloads, sink, tally)
 
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
     groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
@@ -182,22 +202,38 @@ def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> d
         job = partial(fill, plan.atlas, filler, family.dtype(plan.dtype), sink)
         groups[plan.placement.sets[filler.key]].append(job)
     run_groups(groups, workers)
+    check_aliases(plan.model, digests)
     return digests
 
 
-def _move(plan: ImportPlan, tensor: HfTensor, read: Callable[[int, int], Array], sink: Sink, tally: Tally) -> str:
+def _move(plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, tally: Tally) -> str:
     """Send one tensor to its chunks, band by band. Returns its digest."""
-    from transcoder.engine import TreeDigest, bands, converted, scatter
+    from transcoder.engine import TreeDigest, converted, scatter
 
-    stored, target, tree = tensor.family.dtype(plan.stored), tensor.family.dtype(plan.dtype), TreeDigest()
-    for start, stop in bands(tensor.shape, stored):
-        data = read(start, stop)
-        band = converted(data, stored, target)
+    stored, target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
+    tree = TreeDigest(tensor.shape, target)
+    for start, stop in payloads.bands(tensor.name):
+        band = converted(payloads.read(tensor.name, start, stop), stored, target)
         tree.add(band)
-        scatter(plan.atlas, tensor, start, band, sink)
-        tally.moved(data.nbytes)
+        if not tensor.family.rule.alias:
+            scatter(plan.atlas, tensor, start, band, sink)
+        tally.moved(payloads.weigh(tensor.name, start, stop))
     tally.finished(tensor)
     return tree.text()
+
+
+def check_aliases(model: Model, digests: Mapping[str, str]) -> None:
+    """Refuse copies of a tensor that are not equal to it. Raises InputError naming each."""
+    originals = {mcore_key(tensor): tensor.name for tensor in model.hf.values() if not tensor.family.rule.alias}
+    pairs = [(name, originals[mcore_key(t)], t.family.rule) for name, t in model.hf.items() if t.family.rule.alias]
+    problems = [
+        Problem(tensor=name, rule=rule.label, expected=f"the same values as {original}", found="other values")
+        for name, original, rule in pairs
+        if digests[name] != digests[original]
+    ]
+    if problems:
+        hint = "Megatron has one tensor for both"
+        raise refuse("alias", f"{len(problems)} tensors differ from those that they repeat: {hint}", problems)
 
 
 def mcore_key(tensor: HfTensor) -> str:

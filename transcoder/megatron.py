@@ -20,7 +20,7 @@ from transcoder.planner import Model, build_model
 from transcoder.recipes import recipe_for
 from transcoder.sizing import axis_sizes
 from transcoder.spec import DType
-from transcoder.variants import export_variants
+from transcoder.variants import export_variants, shown
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Megatron:
     architecture: str  # the Hugging Face class
     reference: Path  # directory of config.json, tokenizer and the other side files
     original: HfDirectory | None  # the directory that the user gave, if it holds weights
+    originally: dict[str, str]  # which variants the original was, as far as its tensors' names are known
     manifest: dict[str, Any] | None
 
     @property
@@ -48,8 +49,13 @@ class Megatron:
         return sorted({chunk.file for spec in self.store.catalog.values() for chunk in spec.chunks})
 
 
-def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "", expert_layout: str = "") -> Megatron:
-    """The checkpoint, its plan proved. Raises InputError for whatever does not fit."""
+def open_megatron(
+    path: Path, hf_model: Path | None = None, arch: str = "", expert_layout: str = "", quantised: bool = False
+) -> Megatron:
+    """The checkpoint, its plan proved. Raises InputError for whatever does not fit.
+
+    expert_layout, quantised: which Hugging Face files it is to be seen as; by default those of the original, decoded.
+    """
     folder = find_iteration(path)
     _check_backend(folder)
     store = open_torch_dist(folder)
@@ -62,8 +68,10 @@ def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "", expe
     values = normalise(config)
     dialect = dialect_of(store.tensors)
     original = open_hf(hf_model) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
-    names = original.catalog if original else [row["name"] for row in (table or {}).get("tensors", [])]
-    values |= export_variants(recipe, store.tensors, dialect == "stacked", names, expert_layout)
+    names = original.weights.catalog if original else [row["name"] for row in (table or {}).get("tensors", [])]
+    originally = shown(recipe.hf_variants, names) if names else {}
+    wanted = {"experts": expert_layout} if expert_layout else {}
+    values |= export_variants(recipe, store.tensors, dialect == "stacked", originally, wanted, quantised)
     sizes = axis_sizes(recipe, values, sum(prod(shape) for _, shape, _ in store.tensors.values()), _most_layers(store))
     sizes["pad"] = max(0, _embedding_rows(store) - sizes["vocab"])
     model = build_model(recipe, values, sizes, dialect)
@@ -71,7 +79,7 @@ def open_megatron(path: Path, hf_model: Path | None = None, arch: str = "", expe
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
     usual = _one_dtype(model, store)
-    return Megatron(folder, store, model, atlas, usual, architecture, reference, original, table)
+    return Megatron(folder, store, model, atlas, usual, architecture, reference, original, originally, table)
 
 
 def _embedding_rows(store: TorchDist) -> int:

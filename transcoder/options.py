@@ -28,11 +28,17 @@ MEGATRON = [
     click.option("--iteration", default="both", metavar="both|release|N", help="where the checkpoint stands in DST"),
     click.option("--make-vocab-size-divisible-by", default=128, show_default=True, metavar="N"),
 ]
+MTP = [
+    click.option(
+        "--mtp", default="keep", show_default=True, type=click.Choice(["keep", "drop"]), help="multi-token prediction"
+    )
+]
 ARCH = [click.option("--arch", default="", metavar="NAME", help="the Hugging Face class, when nothing names it")]
 DTYPE = [click.option("--dtype", default=None, type=DTYPES, help="convert the weights to this dtype")]
 HUGGING_FACE = [
     click.option("--hf-model", default=None, metavar="DIR", help="config, tokenizer and shard map to use"),
     click.option("--expert-layout", default="like-source", type=EXPERTS, metavar="like-source|per-expert|fused"),
+    click.option("--quantize", default=None, type=click.Choice(["like-source"]), help="scales and small numbers again"),
     click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE"),
 ]
 COST = [

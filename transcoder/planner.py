@@ -6,7 +6,7 @@ A `Family` is a rule with sizes in one Megatron key dialect; it is the same for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product as combinations
 from math import prod
@@ -75,7 +75,7 @@ class Family:
     @property
     def parameters(self) -> int:
         """Megatron parameters, one per layer, expert and name."""
-        return sum(1 for side in self.rule.mcore for _ in self.instances(side))
+        return 0 if self.rule.alias else sum(1 for side in self.rule.mcore for _ in self.instances(side))
 
     @property
     def tensors(self) -> int:
@@ -83,8 +83,12 @@ class Family:
         return sum(1 for side in self.rule.hf for _ in self.instances(side))
 
     def dtype(self, usual: DType) -> DType:
-        """The dtype of the rule's tensors in a model of dtype `usual`."""
+        """The dtype of the rule's Megatron tensors in a model of dtype `usual`."""
         return DTYPES[self.rule.dtype] if self.rule.dtype else usual
+
+    def accepts(self, found: DType, usual: DType) -> bool:
+        """Whether Hugging Face files of a model of dtype `usual` can hold the rule's tensors as `found`."""
+        return found in (usual, self.dtype(usual))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,7 @@ class Model:
     def mcore(self) -> dict[str, McoreTensor]:
         """Every stored Megatron tensor by key."""
         found = {}
-        for family in self.families:
+        for family in (each for each in self.families if not each.rule.alias):
             for part, side in enumerate(family.mcore):
                 shape = side.layout.shape(family.sizes)
                 for index in family.instances(side):
@@ -168,9 +172,10 @@ class Model:
                 yield "ep", "experts", family.sizes["e"]
 
     def fields(self) -> dict[str, Any]:
-        """The TransformerConfig fields of the recipe."""
+        """The TransformerConfig fields of the recipe; those that are None are left to megatron-core."""
         scope = {**self.values, **self.sizes, **layer_lists(self.recipe, self.values, self.sizes)}
-        return {name: evaluate(text, scope) for name, text in self.recipe.model.items()}
+        found = {name: evaluate(text, scope) for name, text in self.recipe.model.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def weights_only(self) -> list[str]:
         """Why the configuration that we write does not describe the model fully; empty when it does."""
@@ -211,6 +216,9 @@ def _with_fillers(rule: Rule, sizes: Mapping[str, int]) -> dict[str, int]:
 def _family(rule: Rule, dialect: str, sizes: Mapping[str, int], layers: tuple[int, ...]) -> Family:
     mcore = tuple(spelled for side in rule.mcore for spelled in spellings(side, dialect))
     pairs = tuple(tuple(_pairs(rule, side, mcore, sizes)) for side in rule.hf)
+    rule = replace(rule, hf=tuple(side.shifted(sizes) for side in rule.hf))
+    if rule.alias:
+        return Family(rule, mcore, layers, sizes, pairs, ())
     used = {(pair.part, pair.mcore.key) for matched in pairs for pair in matched}
     whole = ((part, cell) for part, side in enumerate(mcore) for cell in _nonempty(side, sizes))
     unpaired = tuple((part, cell) for part, cell in whole if (part, cell.key) not in used)
@@ -220,8 +228,12 @@ def _family(rule: Rule, dialect: str, sizes: Mapping[str, int], layers: tuple[in
 
 
 def _pairs(rule: Rule, side: Side, mcore: tuple[Side, ...], sizes: Mapping[str, int]) -> Iterator[Pair]:
-    """The pairs of one Hugging Face side; an axis that its name spells is one index wide on the Megatron side."""
-    spelled = set(side.name_axes)
+    """The pairs of one Hugging Face side; an axis that its name spells is one index wide on the Megatron side.
+
+    Axes that only the name of an alias spells count its copies.
+    """
+    stored = {axis for other in mcore for axis in (*other.name_axes, *other.layout.axes)}
+    spelled = set(side.name_axes) & stored if rule.alias else set(side.name_axes)
     single = {**sizes, **dict.fromkeys(spelled, 1)}
     others = [(part, cell) for part, other in enumerate(mcore) for cell in _nonempty(other, single)]
     for cell in side.layout.cells(sizes):

@@ -1,8 +1,9 @@
 """Recipes: which Hugging Face tensors are which Megatron tensors, as tables without code.
 
 A `Rule` lists the same elements twice, once as Megatron stores them and once as Hugging Face does; each side is a
-name and a layout (`layout.py`). `{l}` in a name is the axis `l` spelled in the name. Axis sizes, guards and model
-fields are arithmetic over config fields, evaluated by a walker that knows a dozen kinds of nodes and nothing else.
+name and a layout (`layout.py`). `{l}` in a name is the axis `l` spelled in the name; `{m+l}` is the axis `m`, counted
+from the size of `l` on. Axis sizes, guards and model fields are arithmetic over config fields, evaluated by a walker
+that knows a dozen kinds of nodes and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transcoder.layout import Layout, parse
 
 Values = Mapping[str, Any]
 Variants = Mapping[str, Mapping[str, str]]  # name → choice → key pattern that shows it; the first choice is the default
-_NAME_AXIS = re.compile(r"\{([a-z_]+)\}")
+_NAME_AXIS = re.compile(r"\{([a-z_]+)(?:\+(\w+))?\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Side:
     @property
     def name_axes(self) -> tuple[str, ...]:
         """Axes spelled in the name, in order."""
-        return tuple(_NAME_AXIS.findall(self.name))
+        return tuple(match[1] for match in _NAME_AXIS.finditer(self.name))
 
     def named(self, index: Mapping[str, int]) -> str:
         """The name for one choice of its axes.
@@ -39,7 +40,18 @@ class Side:
         >>> side("model.layers.{l}.a.weight h").named({"l": 3})
         'model.layers.3.a.weight'
         """
-        return _NAME_AXIS.sub(lambda match: str(index[match[1]]), self.name)
+        return _NAME_AXIS.sub(lambda match: str(index[match[1]] + int(match[2] or 0)), self.name)
+
+    def shifted(self, sizes: Mapping[str, int]) -> Side:
+        """The side with numbers for the sizes that its name counts from.
+
+        >>> side("model.layers.{m+l}.enorm.weight h").shifted({"l": 61}).named({"m": 0})
+        'model.layers.61.enorm.weight'
+        """
+        if "+" not in self.name:
+            return self
+        name = _NAME_AXIS.sub(lambda match: f"{{{match[1]}+{sizes[match[2]]}}}" if match[2] else match[0], self.name)
+        return Side(name, self.layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +62,8 @@ class Rule:
     hf: tuple[Side, ...]
     only: str = ""
     stage: str = "first"
-    dtype: str = ""  # of tensors that keep theirs whatever the model's is
+    dtype: str = ""  # that Megatron stores whatever the model's is; the Hugging Face file may have either
+    alias: bool = False  # another copy of what a rule without this mark brings: compared, not stored
 
     @property
     def axes(self) -> frozenset[str]:
@@ -79,6 +92,7 @@ class Recipe:
     kinds: Mapping[str, str] = field(default_factory=dict)  # kind of layer → expression over the config and `l`
     hf_variants: Variants = field(default_factory=dict)
     mcore_variants: Variants = field(default_factory=dict)
+    outgoing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # guard → fields of an export's config.json
 
 
 def side(text: str) -> Side:
@@ -87,29 +101,58 @@ def side(text: str) -> Side:
     return Side(name, parse(layout.strip()))
 
 
-def rule(mcore: str, *hf: str, only: str = "", stage: str = "first", dtype: str = "") -> Rule:
-    """A rule from texts; the Megatron side first, then the Hugging Face sides in the order of their parts."""
-    return Rule((side(mcore),), tuple(side(text) for text in hf), only, stage, dtype)
+def rule(mcore: str | tuple[str, ...], *hf: str, **marks: Any) -> Rule:
+    """A rule from texts; the Megatron side (or sides) first, then the Hugging Face sides in the order of their parts.
 
-
-def moved(rules: Iterable[Rule], mcore: str, hf: tuple[str, str], only: str) -> tuple[Rule, ...]:
-    """The rules under other prefixes and one more guard.
-
-    mcore: put before every Megatron name. hf: the start of a Hugging Face name and what replaces it.
+    marks: `only`, `stage`, `dtype`, `alias`, as in `Rule`.
     """
+    stored = (mcore,) if isinstance(mcore, str) else mcore
+    return Rule(tuple(side(text) for text in stored), tuple(side(text) for text in hf), **marks)
+
+
+def pattern(name: str) -> re.Pattern[str]:
+    """What matches the names that a name with axes spells.
+
+    >>> bool(pattern("model.layers.{l}.a.weight").fullmatch("model.layers.12.a.weight"))
+    True
+    """
+    parts = _NAME_AXIS.split(name)[::3]
+    return re.compile(r"\d+".join(map(re.escape, parts)))
+
+
+def moved(
+    rules: Iterable[Rule],
+    only: str = "",
+    mcore: tuple[str, str] = ("", ""),
+    hf: tuple[str, str] = ("", ""),
+    **marks: Any,
+) -> tuple[Rule, ...]:
+    """The rules under one more guard and other prefixes: the start of a name, and what replaces it; other marks."""
     return tuple(
         replace(
             each,
-            mcore=tuple(Side(mcore + side.name, side.layout) for side in each.mcore),
+            mcore=tuple(Side(_restarted(side.name, *mcore), side.layout) for side in each.mcore),
             hf=tuple(Side(_restarted(side.name, *hf), side.layout) for side in each.hf),
-            only=f"({each.only}) and {only}" if each.only else only,
+            only=_both(each.only, only),
+            **marks,
         )
         for each in rules
     )
 
 
+def moved_state(
+    modules: Iterable[tuple[str, str]], only: str = "", mcore: tuple[str, str] = ("", "")
+) -> tuple[tuple[str, str], ...]:
+    """The modules that have an extra state, under one more guard and another prefix."""
+    return tuple((_restarted(name, *mcore), _both(guard, only)) for name, guard in modules)
+
+
 def _restarted(name: str, start: str, new: str) -> str:
     return new + name.removeprefix(start) if name.startswith(start) else name
+
+
+def _both(one: str, two: str) -> str:
+    return f"({one}) and ({two})" if one and two else one or two
 
 
 def evaluate(expression: str, values: Values) -> Any:
@@ -138,6 +181,8 @@ _COMPARE: Mapping[type, Callable[[Any, Any], bool]] = {
     ast.NotEq: lambda a, b: a != b,
     ast.Is: lambda a, b: a is b,
     ast.IsNot: lambda a, b: a is not b,
+    ast.Lt: lambda a, b: a < b,
+    ast.GtE: lambda a, b: a >= b,
     ast.In: lambda a, b: a in b,
     ast.NotIn: lambda a, b: a not in b,
 }
@@ -158,9 +203,17 @@ def _value(node: ast.expr, values: Values) -> Any:
         return _COMPARE[type(node.ops[0])](_value(node.left, values), _value(node.comparators[0], values))
     if isinstance(node, ast.IfExp):
         return _value(node.body if _value(node.test, values) else node.orelse, values)
+    if isinstance(node, ast.Subscript):
+        return _item(_value(node.value, values), _value(node.slice, values))
     if isinstance(node, ast.Tuple):
         return tuple(_value(item, values) for item in node.elts)
     raise ValueError(f"{ast.unparse(node)!r} is not allowed in a config expression")
+
+
+def _item(container: Any, place: Any) -> Any:
+    """An entry of a list or a letter of a text; None where there is none."""
+    inside = isinstance(container, list | tuple | str) and type(place) is int and 0 <= place < len(container)
+    return container[place] if inside else None
 
 
 def _boolean(node: ast.BoolOp, values: Values) -> Any:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from math import prod
 from pathlib import Path
 
-from transcoder.engine import Array, Payloads, Scratch, bands, converted, gather, run_groups, scatter
+import numpy as np
+
+from transcoder.engine import Array, Payloads, Scratch, TreeDigest, converted, gather, run_groups, scatter
 from transcoder.errors import DifferenceError, Problem
 from transcoder.exporting import shard_files
 from transcoder.formats.safetensors import INDEX_NAME
 from transcoder.formats.torch_dist_writer import write_all
-from transcoder.importing import ImportPlan
+from transcoder.importing import ImportPlan, check_aliases
 from transcoder.paths import write_file
 from transcoder.progress import Tally
 from transcoder.spec import TensorSpec
 
-Store = Callable[[TensorSpec, int, Array], None]  # tensor, first flat element, the elements that came back
+Store = Callable[[TensorSpec, int, Array], None]  # stored tensor, first flat element, the elements that came back
 
 
 def through_memory(plan: ImportPlan, workers: int, tally: Tally, store: Store | None = None) -> None:
@@ -24,41 +27,76 @@ def through_memory(plan: ImportPlan, workers: int, tally: Tally, store: Store | 
 
     Every copy of the plan is carried out in both directions, every band on its own, so memory stays bounded.
     """
-    payloads = Payloads(plan.source)
-    specs = sorted(plan.source.catalog.values(), key=lambda spec: (spec.chunks[0].file, spec.chunks[0].offset))
-    jobs: list[Callable[[], None]] = [
-        partial(_there_and_back, plan, spec, payloads, tally, store) for spec in specs if spec.name in plan.model.hf
-    ]
+    payloads, digests = Payloads(plan.source), dict[str, str]()
+    catalog = plan.source.weights.catalog
+    names = sorted(plan.model.hf, key=lambda name: (catalog[name].chunks[0].file, catalog[name].chunks[0].offset))
+
+    def job(name: str) -> None:
+        digests[name] = _there_and_back(plan, name, payloads, tally, store)
+
+    jobs: list[Callable[[], None]] = [partial(job, name) for name in names]
     run_groups([jobs[i::workers] for i in range(workers)], workers)
+    check_aliases(plan.model, digests)
 
 
-def _there_and_back(plan: ImportPlan, spec: TensorSpec, payloads: Payloads, tally: Tally, store: Store | None) -> None:
-    tensor = plan.model.hf[spec.name]
+def _there_and_back(plan: ImportPlan, name: str, payloads: Payloads, tally: Tally, store: Store | None) -> str:
+    """One weight, band by band. Returns its digest."""
+    tensor, spec = plan.model.hf[name], plan.source.weights.catalog[name]
     target = tensor.family.dtype(plan.dtype)
-    for start, stop in bands(tensor.shape, spec.dtype):
-        band = payloads.read(spec, start, stop)
-        scratch = Scratch()
-        scatter(plan.atlas, tensor, start, converted(band, spec.dtype, target), scratch.store)
-        back = gather(plan.atlas, tensor, start, stop, target, scratch.fetch)
-        back = converted(back, target, spec.dtype)
-        if back.tobytes() != band.tobytes():
-            problem = Problem(tensor=spec.name, message=f"elements {start} to {stop} came back with other bits")
-            raise DifferenceError("the round trip is not the identity", kind="difference", problems=[problem])
-        if store is not None:
-            store(spec, start, back)
-        tally.moved(band.nbytes)
+    tree = TreeDigest(tensor.shape, target)
+    for start, stop in payloads.bands(name):
+        band, scratch = payloads.read(name, start, stop), Scratch()
+        sent = converted(band, spec.dtype, target)
+        tree.add(sent)
+        scatter(plan.atlas, tensor, start, sent, scratch.store)
+        back = converted(gather(plan.atlas, tensor, start, stop, target, scratch.fetch), target, spec.dtype)
+        for part, first, old, new in _stored(payloads, spec, start, stop, band, back):
+            _same(part.name, first, old, new)
+            if store is not None:
+                store(part, first, new)
+        tally.moved(payloads.weigh(name, start, stop))
     tally.finished(tensor)
+    return tree.text()
+
+
+def _stored(
+    payloads: Payloads, spec: TensorSpec, start: int, stop: int, band: Array, back: Array
+) -> Iterator[tuple[TensorSpec, int, Array, Array]]:
+    """What the files hold of a band and what they would hold after it: tensor, first element, before, after."""
+    codec = payloads.weights.codecs.get(spec.name)
+    if codec is None:
+        yield spec, start, band, back
+        return
+    rows = start // spec.shape[-1], stop // spec.shape[-1]
+    old = payloads.parts(codec, *rows)
+    new = codec.encode(back, spec.dtype.name, old[1:])
+    for part, (first, _), before, after in zip(codec.parts, codec.places(*rows), old, new, strict=True):
+        yield part, first, before, after
+
+
+def _same(name: str, first: int, before: Array, after: Array) -> None:
+    if before.tobytes() != after.tobytes():
+        message = f"elements {first} to {first + before.size} came back with other bits"
+        raise DifferenceError(
+            "the round trip is not the identity", kind="difference", problems=[Problem(tensor=name, message=message)]
+        )
 
 
 def into_files(plan: ImportPlan, work: Path, workers: int, sync: bool, tally: Tally) -> None:
     """The round trip into a Hugging Face directory `work`, with no Megatron files between."""
+    payloads = Payloads(plan.source)
     with shard_files(plan.source.shards, work, sync) as files:
 
         def store(spec: TensorSpec, start: int, band: Array) -> None:
             chunk = spec.chunks[0]
-            write_all(files[chunk.file], band.data.cast("B"), chunk.offset + start * spec.dtype.size)
+            write_all(
+                files[chunk.file], np.ascontiguousarray(band).data.cast("B"), chunk.offset + start * spec.dtype.size
+            )
 
         through_memory(plan, workers, tally, store)
+        for name in plan.ignored:
+            spec = plan.source.catalog[name]
+            store(spec, 0, payloads.stored(spec, 0, prod(spec.shape)))
     for name in plan.source.side_files:
         write_file(work / name, (plan.source.path / name).read_bytes(), sync)
     if plan.source.index is not None:

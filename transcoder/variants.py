@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
-from transcoder.errors import Problem, refuse
-from transcoder.recipe import Recipe, Variants
+from transcoder.codecs import CODECS
+from transcoder.errors import Problem, UsageError, refuse
+from transcoder.recipe import Recipe, Variants, pattern
 
 
 def import_variants(recipe: Recipe, names: Iterable[str], norm_names: str) -> dict[str, str]:
     """The choices of an import: the Hugging Face ones by the names in the files, the Megatron ones by option."""
     chosen = {name: next(iter(choices)) for name, choices in recipe.mcore_variants.items()}
     if "norm" in chosen and norm_names:
+        if norm_names not in recipe.mcore_variants["norm"]:
+            raise UsageError(f"--norm-names {norm_names}: megatron-core stores this model with te names", kind="layout")
         chosen["norm"] = norm_names
     return chosen | shown(recipe.hf_variants, names)
 
 
 def export_variants(
-    recipe: Recipe, keys: Iterable[str], stacked: bool, names: Iterable[str], expert_layout: str
+    recipe: Recipe,
+    keys: Iterable[str],
+    stacked: bool,
+    originally: Mapping[str, str],
+    wanted: Mapping[str, str],
+    quantised: bool,
 ) -> dict[str, str]:
-    """The choices of an export: the Megatron ones by the keys, the Hugging Face ones by the names of the original.
+    """The choices of an export: the Megatron ones by the keys, the Hugging Face ones as the original's.
 
-    names: those of the original's tensors, where they are known. expert_layout: what is wanted instead.
+    wanted: what is to be chosen instead. quantised: whether choices named after a codec may stand.
     """
-    known = list(names)
     chosen = {name: next(iter(choices)) for name, choices in recipe.hf_variants.items()}
-    chosen |= shown(recipe.hf_variants, known) if known else {}
-    if "experts" in chosen and expert_layout:
-        chosen["experts"] = expert_layout
+    kept = {name: choice for name, choice in originally.items() if quantised or choice not in CODECS}
+    chosen |= kept | {name: choice for name, choice in wanted.items() if name in chosen}
     spelled = {
-        name: {choice: pattern.replace("{l}.", "") if stacked else pattern for choice, pattern in choices.items()}
+        name: {choice: text.replace("{l}.", "") if stacked else text for choice, text in choices.items()}
         for name, choices in recipe.mcore_variants.items()
     }
     return chosen | shown(spelled, keys)
@@ -56,7 +61,7 @@ def _choice(name: str, choices: Mapping[str, str], keys: list[str]) -> str:
     raise refuse("variant", f"the files do not show which variant of {name} they hold", [problem])
 
 
-def _first(pattern: str, keys: list[str]) -> str:
-    """The first key that a name pattern fits."""
-    text = re.compile(re.sub(r"\\\{[a-z]+\\\}", r"\\d+", re.escape(pattern)))
-    return next((key for key in keys if text.fullmatch(key)), "")
+def _first(name: str, keys: list[str]) -> str:
+    """The first key that a name with axes fits."""
+    fits = pattern(name).fullmatch
+    return next((key for key in keys if fits(key)), "")

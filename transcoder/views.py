@@ -36,24 +36,21 @@ def open_view(path: Path, hf_model: Path | None) -> View:
 
 
 def hf_view(path: Path, follow_links: bool = False) -> View:
-    """A Hugging Face directory, read in place."""
+    """A Hugging Face directory, read in place; quantised weights as the values they stand for."""
     source = open_hf(path, follow_links)
-    payloads, catalog = Payloads(source), source.catalog
-
-    def read(name: str, start: int, stop: int) -> Array:
-        return payloads.read(catalog[name], start, stop)
-
-    return View({name: (spec.dtype, spec.shape) for name, spec in catalog.items()}, read)
+    tensors = {name: (spec.dtype, spec.shape) for name, spec in source.weights.catalog.items()}
+    return View(tensors, Payloads(source).read)
 
 
 def megatron_view(source: Megatron) -> View:
     """A Megatron checkpoint, gathered through its plan; checksums are compared on the way."""
     files = {name: map_file(source.path / name) for name in source.files}
     chunks = CheckedChunks(files.__getitem__)
-    model = source.model
+    tensors = {name: (tensor.family.dtype(source.dtype), tensor.shape) for name, tensor in source.model.hf.items()}
 
     def read(name: str, start: int, stop: int) -> Array:
-        return gather(source.atlas, model.hf[name], start, stop, source.dtype, chunks.fetch)
+        tensor = source.model.hf[name]
+        return gather(source.atlas, tensor, start, stop, tensors[name][0], chunks.reader(tensor))
 
     def finish() -> object:
         from transcoder.exporting import check_filler
@@ -62,16 +59,17 @@ def megatron_view(source: Megatron) -> View:
         chunks.finish()
         return warnings
 
-    return View({name: (source.dtype, tensor.shape) for name, tensor in model.hf.items()}, read, finish)
+    return View(tensors, read, finish)
 
 
-def cast_view(view: View, dtype: DType) -> View:
-    """The same tensors, converted to another dtype while they are read."""
+def cast_view(view: View, dtypes: Mapping[str, DType]) -> View:
+    """The same tensors, converted to other dtypes while they are read; `dtypes`: by name, of those that change."""
+    tensors = {name: (dtypes.get(name, dtype), shape) for name, (dtype, shape) in view.tensors.items()}
 
     def read(name: str, start: int, stop: int) -> Array:
-        return converted(view.read(name, start, stop), view.tensors[name][0], dtype)
+        return converted(view.read(name, start, stop), view.tensors[name][0], tensors[name][0])
 
-    return View({name: (dtype, shape) for name, (_, shape) in view.tensors.items()}, read, view.finish)
+    return View(tensors, read, view.finish)
 
 
 def compare(one: View, two: View, only: set[str] | None = None) -> list[dict[str, Any]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transcoder.codecs import Weights, weights_of
 from transcoder.errors import Problem, refuse
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, read_index, read_shard, stays_inside
 from transcoder.hfconfig import read_config
@@ -43,10 +45,15 @@ class HfDirectory:
     side_files: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    @property
+    @cached_property
     def catalog(self) -> dict[str, TensorSpec]:
-        """Every tensor by name."""
+        """Every stored tensor by name."""
         return {spec.name: spec for shard in self.shards for spec in shard.tensors}
+
+    @cached_property
+    def weights(self) -> Weights:
+        """What the tensors mean: quantised ones joined with their scales. Raises InputError when one lacks them."""
+        return weights_of(self.catalog, self.config)
 
 
 def open_hf(path: Path, follow_links: bool = False) -> HfDirectory:

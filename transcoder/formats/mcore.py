@@ -27,20 +27,18 @@ CONTENT: dict[str, dict[str, object]] = {
     "singleton": {"singleton_local_shards": True, "chained_optim_avoid_prefix": True},
 }
 
-ARGUMENTS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "seq_length",
-    "position_embedding_type",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "normalization",
-    "qk_layernorm",
-)
+# Fields that Megatron-LM's arguments spell otherwise; the others have the same name there.
+SPELLED = {
+    "num_moe_experts": "num_experts",
+    "layernorm_epsilon": "norm_epsilon",
+    "gated_linear_unit": "swiglu",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+}
+ONLY_FIELDS = ("vocab_size", "share_embeddings_and_output_weights", "activation_func")
+SILU = "torch.nn.functional.silu"
+SQUARED_RELU = "megatron.core.activations.squared_relu"
 
 
 def common_pt(
@@ -62,26 +60,20 @@ def _pairs(values: Mapping[str, object]) -> Pairs:
 
 
 def arguments(fields: Mapping[str, Any], dtype: str, padded_vocab: int, tp: int, pp: int) -> dict[str, object]:
-    """Megatron-LM's arguments of a model; those of a mixture of experts by the names in megatron/training."""
-    experts = {"num_experts": fields["num_moe_experts"]} if "num_moe_experts" in fields else {}
-    experts |= {name: value for name, value in fields.items() if name.startswith("moe_")}
+    """Megatron-LM's arguments of a model, by the names in megatron/training/arguments.py."""
     return (
-        {name: fields[name] for name in ARGUMENTS}
-        | experts
+        {"rotary_percent": 1.0, "apply_layernorm_1p": False}
+        | {SPELLED.get(name, name): value for name, value in fields.items() if name not in ONLY_FIELDS}
         | {
             "group_query_attention": True,
             "max_position_embeddings": fields["seq_length"],
             "rotary_base": _whole(fields["rotary_base"]),
-            "rotary_percent": 1.0,
             "rotary_interleaved": False,
-            "swiglu": fields["gated_linear_unit"],
-            "squared_relu": False,
+            "squared_relu": fields.get("activation_func") == SQUARED_RELU,
             "untie_embeddings_and_output_weights": not fields["share_embeddings_and_output_weights"],
-            "apply_layernorm_1p": False,
             "apply_query_key_layer_scaling": False,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
-            "norm_epsilon": fields["layernorm_epsilon"],
             "padded_vocab_size": padded_vocab,
             "tensor_model_parallel_size": tp,
             "pipeline_model_parallel_size": pp,
@@ -107,7 +99,7 @@ def run_config(fields: Mapping[str, Any], dtype: str) -> str:
         **kept,
         "should_pad_vocab": False,
         "make_vocab_size_divisible_by": 1,
-        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "activation_func": {"_target_": fields.get("activation_func", SILU), "_call_": False},
         "rotary_base": float(fields["rotary_base"]),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,

@@ -84,21 +84,20 @@ QK_NORM = (
 )
 
 
-def gated_mlp(only: str = "") -> tuple[Rule, ...]:
-    """A dense gated feed-forward with its norm, under a guard."""
-    return (
-        rule(f"{D}mlp.linear_fc1.layer_norm_weight h", f"{H}post_attention_layernorm.weight h", only=only),
-        rule(
-            f"{D}mlp.linear_fc1.weight [gate/tp up/tp] h",
-            f"{H}mlp.gate_proj.weight gate h",
-            f"{H}mlp.up_proj.weight up h",
-            only=only,
-        ),
-        rule(f"{D}mlp.linear_fc2.weight h f/tp", f"{H}mlp.down_proj.weight h f", only=only),
-    )
+WIDE_QK_NORM = (  # over all heads at once
+    rule(f"{D}self_attention.q_layernorm.weight (g q d)", f"{H}self_attn.q_norm.weight (g q d)"),
+    rule(f"{D}self_attention.k_layernorm.weight (g k)", f"{H}self_attn.k_norm.weight (g k)"),
+)
 
-
-GATED_MLP = gated_mlp()
+GATED_MLP = (
+    rule(f"{D}mlp.linear_fc1.layer_norm_weight h", f"{H}post_attention_layernorm.weight h"),
+    rule(
+        f"{D}mlp.linear_fc1.weight [gate/tp up/tp] h",
+        f"{H}mlp.gate_proj.weight gate h",
+        f"{H}mlp.up_proj.weight up h",
+    ),
+    rule(f"{D}mlp.linear_fc2.weight h f/tp", f"{H}mlp.down_proj.weight h f"),
+)
 
 # Modules for which a Transformer Engine model asks for `_extra_state`, and a guard.
 ATTENTION_STATE = (
@@ -106,14 +105,8 @@ ATTENTION_STATE = (
     (f"{D}self_attention.linear_proj", ""),
     ("decoder.final_layernorm", ""),
 )
-
-
-def mlp_state(only: str = "") -> tuple[tuple[str, str], ...]:
-    """Those of a dense feed-forward."""
-    return (f"{D}mlp.linear_fc1", only), (f"{D}mlp.linear_fc2", only)
-
-
-EXTRA_STATE = ATTENTION_STATE + mlp_state()
+MLP_STATE = ((f"{D}mlp.linear_fc1", ""), (f"{D}mlp.linear_fc2", ""))
+EXTRA_STATE = ATTENTION_STATE + MLP_STATE
 QK_NORM_STATE = ((f"{D}self_attention.q_layernorm", ""), (f"{D}self_attention.k_layernorm", ""))
 
 # Fields of megatron-core's TransformerConfig, as expressions over the axes and the config.
@@ -135,13 +128,19 @@ DENSE = {
     "position_embedding_type": "'rope'",
     "rotary_base": "rope_theta or 10000.0",
     "seq_length": "max_position_embeddings or 2048",
+    "rope_scaling": "True if rope_type == 'llama3' else None",
+    "rope_scaling_factor": "rope_factor if rope_type == 'llama3' else None",
+    "seq_len_interpolation_factor": "rope_factor if rope_type == 'linear' else None",
 }
 
 NO_BIAS = {"add_bias_linear": "False", "add_qkv_bias": "False"}
 
 # Conditions under which the weights are right but a field of the config has no counterpart that was measured.
 CHECKS = {
-    "rope_type is not None and rope_type != 'default'": "rope_scaling is not carried into the Megatron configuration",
+    "rope_type not in (None, 'default', 'llama3', 'linear')": "this rope_scaling has no counterpart that was measured",
+    "rope_type in ('llama3', 'linear')": "rope_scaling was not measured with Megatron-LM or Megatron Bridge",
+    "rope_type == 'llama3' and (rope_low_freq_factor, rope_high_freq_factor, rope_original_max_position_embeddings)"
+    " != (1, 4, 8192)": "megatron-core's llama3 rope has the fixed constants 1, 4 and 8192",
     "sliding_window is not None and use_sliding_window is not False": "sliding_window is not carried over",
     "hidden_act is not None and hidden_act != 'silu'": "hidden_act is not silu",
 }

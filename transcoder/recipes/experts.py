@@ -1,4 +1,4 @@
-"""Rule tuples of mixtures of experts; `sparse` is the recipe's kind of layer that has them.
+"""Rule tuples of mixtures of experts, for every layer: a recipe moves them under the guard of its sparse layers.
 
 Stored keys as in megatron/core/transformer/moe/experts.py (0.16): the experts are one array, whatever the grid.
 """
@@ -15,26 +15,27 @@ X = f"{D}mlp.experts.experts.{{e}}."
 
 # Transformer Engine's name of the norm before the experts, and the one that the local layer spec saves it under.
 EXPERT_NORM = (
-    rule(f"{D}pre_mlp_layernorm.weight h", f"{H}post_attention_layernorm.weight h", only="sparse and norm == 'te'"),
+    rule(f"{D}pre_mlp_layernorm.weight h", f"{H}post_attention_layernorm.weight h", only="norm == 'te'"),
     rule(
         f"{D}mlp.linear_fc1.layer_norm_weight h",
         f"{H}post_attention_layernorm.weight h",
-        only="sparse and norm == 'local'",
+        only="norm == 'local'",
     ),
 )
+EXPERT_BIAS = rule(f"{D}mlp.router.expert_bias e", f"{H}mlp.gate.e_score_correction_bias e", dtype="float32")
 NORM_VARIANTS = {"norm": {"te": f"{D}pre_mlp_layernorm.weight", "local": ""}}
 
 
 def router(hf: str = "mlp.gate.weight") -> Rule:
     """The router's weight, replicated."""
-    return rule(f"{D}mlp.router.weight e h", f"{H}{hf} e h", only="sparse")
+    return rule(f"{D}mlp.router.weight e h", f"{H}{hf} e h")
 
 
 def per_expert(
     prefix: str = "mlp.experts", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
 ) -> tuple[Rule, ...]:
     """Experts with one Hugging Face tensor per projection and expert."""
-    only = "sparse and experts == 'per-expert'"
+    only = "experts == 'per-expert'"
     return (
         rule(
             f"{X}linear_fc1.weight [mgate/etp mup/etp] h",
@@ -50,7 +51,7 @@ def fused(
     prefix: str = "mlp.experts", fc1: str = "gate_up_proj e [mgate mup] h", fc2: str = "down_proj e h mf"
 ) -> tuple[Rule, ...]:
     """Experts with one Hugging Face tensor per layer."""
-    only = "sparse and experts == 'fused'"
+    only = "experts == 'fused'"
     return (
         rule(f"{X}linear_fc1.weight [mgate/etp mup/etp] h", f"{H}{prefix}.{fc1}", only=only),
         rule(f"{X}linear_fc2.weight h mf/etp", f"{H}{prefix}.{fc2}", only=only),
@@ -64,15 +65,14 @@ def shared_expert(prefix: str) -> tuple[Rule, ...]:
             f"{D}mlp.shared_experts.linear_fc1.weight [sgate/tp sup/tp] h",
             f"{H}{prefix}.gate_proj.weight sgate h",
             f"{H}{prefix}.up_proj.weight sup h",
-            only="sparse",
         ),
-        rule(f"{D}mlp.shared_experts.linear_fc2.weight h sf/tp", f"{H}{prefix}.down_proj.weight h sf", only="sparse"),
+        rule(f"{D}mlp.shared_experts.linear_fc2.weight h sf/tp", f"{H}{prefix}.down_proj.weight h sf"),
     )
 
 
 def shared_gate(hf: str = "mlp.shared_expert_gate.weight") -> Rule:
     """The gate of the shared expert: one row."""
-    return rule(f"{D}mlp.shared_experts.gate_weight one h", f"{H}{hf} one h", only="sparse")
+    return rule(f"{D}mlp.shared_experts.gate_weight one h", f"{H}{hf} one h")
 
 
 def expert_variants(
@@ -83,14 +83,14 @@ def expert_variants(
 
 
 EXPERT_STATE = (
-    (f"{D}pre_mlp_layernorm", "sparse and norm == 'te'"),
-    (f"{X}linear_fc1", "sparse"),
-    (f"{X}linear_fc2", "sparse"),
+    (f"{D}pre_mlp_layernorm", "norm == 'te'"),
+    (f"{X}linear_fc1", ""),
+    (f"{X}linear_fc2", ""),
 )
 
 SHARED_STATE = (
-    (f"{D}mlp.shared_experts.linear_fc1", "sparse"),
-    (f"{D}mlp.shared_experts.linear_fc2", "sparse"),
+    (f"{D}mlp.shared_experts.linear_fc1", ""),
+    (f"{D}mlp.shared_experts.linear_fc2", ""),
 )
 
 EXPERT_CHECKS = CHECKS | {
@@ -109,4 +109,33 @@ MOE = {
     "moe_token_dispatcher_type": "'alltoall'",
     "moe_layer_freq": "1 if all_sparse else sparse_layers",
     "moe_router_pre_softmax": "not norm_topk_prob",
+}
+
+# Mixtures in the manner of DeepSeek: dense layers first, then routed and shared experts.
+AFTER_DENSE = {"sparse": "l >= (first_k_dense_replace or 0) and l % (moe_layer_freq or 1) == 0"}
+ROUTED_AXES = {
+    "e": "n_routed_experts",
+    "sf": "n_shared_experts * moe_intermediate_size",
+    "sgate": "sf",
+    "sup": "sf",
+}
+TE_NORMS = {"norm": {"te": f"{D}pre_mlp_layernorm.weight"}}
+_GROUPS = "n_group is not None and n_group != 1"
+GROUPED = {
+    "moe_shared_expert_intermediate_size": "sf",
+    "moe_router_num_groups": f"n_group if {_GROUPS} else None",
+    "moe_router_group_topk": f"topk_group if {_GROUPS} else None",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+}
+SIGMOID = GROUPED | {
+    "moe_router_score_function": "'sigmoid'",
+    "moe_router_enable_expert_bias": "True",
+    "moe_router_load_balancing_type": "'seq_aux_loss'",
+    "moe_aux_loss_coeff": "0.0001",
+    "moe_router_pre_softmax": "False",
+}
+GROUPED_CHECKS = EXPERT_CHECKS | {"attention_bias": "attention_bias has no rule: the files decide"}
+SIGMOID_CHECKS = GROUPED_CHECKS | {
+    "norm_topk_prob is False": "megatron-core always renormalises the scores of a sigmoid",
+    "scoring_func not in (None, 'sigmoid')": "scoring_func is not sigmoid",
 }

@@ -1,40 +1,27 @@
 """Mixtral: Mistral's attention, experts w1 (gate), w3 (up), w2 (down) in every layer."""
 
 from transcoder.recipe import Recipe
-from transcoder.recipes.blocks import ATTENTION, ATTENTION_STATE, AXES, DENSE, EMBED, FINAL, NO_BIAS
-from transcoder.recipes.experts import (
-    EVERY_LAYER,
-    EXPERT_AXES,
-    EXPERT_CHECKS,
-    EXPERT_NORM,
-    EXPERT_STATE,
-    MOE,
-    NORM_VARIANTS,
-    expert_variants,
-    fused,
-    per_expert,
-    router,
-)
+from transcoder.recipes import blocks, experts
 
 SPARSE = "block_sparse_moe.experts"
 
 RECIPE = Recipe(
     name="mixtral",
     hf={"MixtralForCausalLM": "mixtral"},
-    axes=AXES | {"e": "num_local_experts"} | EXPERT_AXES | {"mf": "intermediate_size"},
-    kinds=EVERY_LAYER,
+    axes=blocks.AXES | {"e": "num_local_experts"} | experts.EXPERT_AXES | {"mf": "intermediate_size"},
+    kinds=experts.EVERY_LAYER,
     rules=(
-        *EMBED,
-        *ATTENTION,
-        *EXPERT_NORM,
-        router("block_sparse_moe.gate.weight"),
-        *per_expert(SPARSE, "w1", "w3", "w2"),
-        *fused(),
-        *FINAL,
+        *blocks.EMBED,
+        *blocks.ATTENTION,
+        *experts.EXPERT_NORM,
+        experts.router("block_sparse_moe.gate.weight"),
+        *experts.per_expert(SPARSE, "w1", "w3", "w2"),
+        *experts.fused(),
+        *blocks.FINAL,
     ),
-    extra_state=ATTENTION_STATE + EXPERT_STATE,
-    model=DENSE | MOE | NO_BIAS | {"moe_router_pre_softmax": "False"},
-    checks=EXPERT_CHECKS,
-    hf_variants=expert_variants(f"{SPARSE}.{{e}}.w2.weight"),
-    mcore_variants=NORM_VARIANTS,
+    extra_state=blocks.ATTENTION_STATE + experts.EXPERT_STATE,
+    model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | {"moe_router_pre_softmax": "False"},
+    checks=experts.EXPERT_CHECKS,
+    hf_variants=experts.expert_variants(f"{SPARSE}.{{e}}.w2.weight"),
+    mcore_variants=experts.NORM_VARIANTS,
 )

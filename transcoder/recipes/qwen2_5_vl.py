@@ -1,10 +1,11 @@
 """Qwen2.5-VL: Qwen2 under a prefix; the vision tower under Hugging Face's own names, as Megatron Bridge keeps it."""
 
-from transcoder.recipe import Recipe, moved, rule
+from transcoder.recipe import Recipe, moved, moved_state, rule
 from transcoder.recipes.blocks import ATTENTION, AXES, DENSE, EMBED, EXTRA_STATE, FINAL, GATED_MLP, qkv_bias
 
 TEXT = (*EMBED, *ATTENTION, qkv_bias(), *GATED_MLP, *FINAL)
 OLD, NEW = "prefix == 'old'", "prefix == 'new'"
+INSIDE = ("", "language_model.")
 B = "blocks.{b}."
 
 TOWER = (
@@ -44,11 +45,11 @@ RECIPE = Recipe(
     name="qwen2_5_vl",
     hf={"Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"},
     axes=AXES | VISION_AXES,
-    rules=moved(TEXT, "language_model.", ("model.", "model."), OLD)
-    + moved(TEXT, "language_model.", ("model.", "model.language_model."), NEW)
-    + moved(VISION, "", ("visual.", "visual."), OLD)
-    + moved(VISION, "", ("visual.", "model.visual."), NEW),
-    extra_state=tuple((f"language_model.{module}", only) for module, only in EXTRA_STATE),
+    rules=moved(TEXT, OLD, INSIDE)
+    + moved(TEXT, NEW, INSIDE, ("model.", "model.language_model."))
+    + moved(VISION, OLD)
+    + moved(VISION, NEW, hf=("visual.", "model.visual.")),
+    extra_state=moved_state(EXTRA_STATE, mcore=INSIDE),
     model=DENSE
     | {
         "add_qkv_bias": "True",

@@ -1,65 +1,35 @@
 """Qwen2 mixtures of experts: Qwen2's attention, and beside the experts a shared one behind a gate."""
 
-from transcoder.recipe import Recipe
-from transcoder.recipes.blocks import (
-    ATTENTION,
-    ATTENTION_STATE,
-    AXES,
-    DENSE,
-    EMBED,
-    FINAL,
-    gated_mlp,
-    mlp_state,
-    qkv_bias,
-)
-from transcoder.recipes.experts import (
-    EXPERT_AXES,
-    EXPERT_CHECKS,
-    EXPERT_NORM,
-    EXPERT_STATE,
-    MOE,
-    NORM_VARIANTS,
-    SHARED_STATE,
-    SOME_LAYERS,
-    expert_variants,
-    fused,
-    per_expert,
-    router,
-    shared_expert,
-    shared_gate,
-)
+from transcoder.recipe import Recipe, moved, moved_state
+from transcoder.recipes import blocks, experts
+
+SHARED = (*experts.shared_expert("mlp.shared_expert"), experts.shared_gate())
+SPARSE = (*experts.EXPERT_NORM, experts.router(), *experts.per_expert(), *experts.fused(), *SHARED)
 
 RECIPE = Recipe(
     name="qwen2_moe",
     hf={"Qwen2MoeForCausalLM": "qwen2_moe"},
-    axes=AXES
+    axes=blocks.AXES
     | {"e": "num_experts or num_local_experts", "sf": "shared_expert_intermediate_size", "sgate": "sf", "sup": "sf"}
     | {"one": "1"}
-    | EXPERT_AXES,
-    kinds=SOME_LAYERS,
+    | experts.EXPERT_AXES,
+    kinds=experts.SOME_LAYERS,
     rules=(
-        *EMBED,
-        *ATTENTION,
-        qkv_bias("qkv_bias is not False"),
-        *gated_mlp("not sparse"),
-        *EXPERT_NORM,
-        router(),
-        *per_expert(),
-        *fused(),
-        *shared_expert("mlp.shared_expert"),
-        shared_gate(),
-        *FINAL,
+        *blocks.EMBED,
+        *blocks.ATTENTION,
+        blocks.qkv_bias("qkv_bias is not False"),
+        *moved(blocks.GATED_MLP, "not sparse"),
+        *moved(SPARSE, "sparse"),
+        *blocks.FINAL,
     ),
-    extra_state=ATTENTION_STATE + mlp_state("not sparse") + EXPERT_STATE + SHARED_STATE,
-    model=DENSE
-    | MOE
-    | {
-        "add_bias_linear": "False",
-        "add_qkv_bias": "qkv_bias is not False",
-        "moe_shared_expert_intermediate_size": "sf",
-        "moe_shared_expert_gate": "True",
-    },
-    checks=EXPERT_CHECKS,
-    hf_variants=expert_variants(),
-    mcore_variants=NORM_VARIANTS,
+    extra_state=blocks.ATTENTION_STATE
+    + moved_state(blocks.MLP_STATE, "not sparse")
+    + moved_state(experts.EXPERT_STATE + experts.SHARED_STATE, "sparse"),
+    model=blocks.DENSE
+    | experts.MOE
+    | {"add_bias_linear": "False", "add_qkv_bias": "qkv_bias is not False"}
+    | {"moe_shared_expert_intermediate_size": "sf", "moe_shared_expert_gate": "True"},
+    checks=experts.EXPERT_CHECKS,
+    hf_variants=experts.expert_variants(),
+    mcore_variants=experts.NORM_VARIANTS,
 )

@@ -1,54 +1,27 @@
 """Qwen3 mixtures of experts: Qwen3's attention, and experts in all layers but those that the config makes dense."""
 
-from transcoder.recipe import Recipe
-from transcoder.recipes.blocks import (
-    ATTENTION,
-    ATTENTION_STATE,
-    AXES,
-    DENSE,
-    EMBED,
-    FINAL,
-    NO_BIAS,
-    QK_NORM,
-    QK_NORM_STATE,
-    gated_mlp,
-    mlp_state,
-)
-from transcoder.recipes.experts import (
-    EXPERT_AXES,
-    EXPERT_CHECKS,
-    EXPERT_NORM,
-    EXPERT_STATE,
-    MOE,
-    NORM_VARIANTS,
-    SOME_LAYERS,
-    expert_variants,
-    fused,
-    per_expert,
-    router,
-)
+from transcoder.recipe import Recipe, moved, moved_state
+from transcoder.recipes import blocks, experts
+
+SPARSE = (*experts.EXPERT_NORM, experts.router(), *experts.per_expert(), *experts.fused())
 
 RECIPE = Recipe(
     name="qwen3_moe",
     hf={"Qwen3MoeForCausalLM": "qwen3_moe"},
-    axes=AXES
-    | {"d": "head_dim or hidden_size // num_attention_heads", "e": "num_experts or num_local_experts"}
-    | EXPERT_AXES,
-    kinds=SOME_LAYERS,
-    rules=(
-        *EMBED,
-        *ATTENTION,
-        *QK_NORM,
-        *gated_mlp("not sparse"),
-        *EXPERT_NORM,
-        router(),
-        *per_expert(),
-        *fused(),
-        *FINAL,
-    ),
-    extra_state=ATTENTION_STATE + QK_NORM_STATE + mlp_state("not sparse") + EXPERT_STATE,
-    model=DENSE | MOE | NO_BIAS | {"qk_layernorm": "True"},
-    checks=EXPERT_CHECKS,
-    hf_variants=expert_variants(),
-    mcore_variants=NORM_VARIANTS,
+    axes=blocks.AXES | {"e": "num_experts or num_local_experts"} | experts.EXPERT_AXES,
+    kinds=experts.SOME_LAYERS,
+    rules=blocks.EMBED
+    + blocks.ATTENTION
+    + blocks.QK_NORM
+    + moved(blocks.GATED_MLP, "not sparse")
+    + moved(SPARSE, "sparse")
+    + blocks.FINAL,
+    extra_state=blocks.ATTENTION_STATE
+    + blocks.QK_NORM_STATE
+    + moved_state(blocks.MLP_STATE, "not sparse")
+    + moved_state(experts.EXPERT_STATE, "sparse"),
+    model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | {"qk_layernorm": "True"},
+    checks=experts.EXPERT_CHECKS,
+    hf_variants=experts.expert_variants(),
+    mcore_variants=experts.NORM_VARIANTS,
 )

@@ -1,0 +1,110 @@
+"""Scales of a quantised original: kept beside a checkpoint on import, used again on export where they still fit.
+
+With its own scale a weight that was decoded to bfloat16 rounds back to exactly the number it came from, so an unchanged
+model gives the original files; blocks that training changed get fresh scales.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transcoder.formats.safetensors import emit_header, read_shard
+from transcoder.formats.torch_dist import map_file
+from transcoder.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from transcoder.engine import Array, CheckedChunks
+    from transcoder.exporting import ExportPlan
+    from transcoder.formats.huggingface import HfDirectory
+    from transcoder.megatron import Megatron
+    from transcoder.progress import Tally
+
+NAME = "hf-scales.safetensors"  # in the iteration's folder
+
+
+def write_scales(source: HfDirectory, path: Path, sync: bool) -> None:
+    """Copy every part but the first of each quantised weight into one safetensors file, if there are any."""
+    from transcoder.engine import Payloads
+
+    payloads = Payloads(source)
+    parts = [part for codec in source.weights.codecs.values() for part in codec.parts[1:]]
+    if not parts:
+        return
+    with path.open("xb") as file:
+        file.write(emit_header([(part.name, part.dtype, part.shape) for part in parts], {"format": "pt"}))
+        for part in parts:
+            file.write(payloads.stored(part, 0, part.nbytes // part.dtype.size).data)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+class Kept:
+    """The scales of the original: of the directory that was given, else those beside the checkpoint, else none."""
+
+    def __init__(self, source: Megatron) -> None:
+        from transcoder.engine import elements
+
+        self._elements = elements
+        folder, shards = source.path, [read_shard(source.path / NAME)] if (source.path / NAME).is_file() else []
+        if source.original is not None:
+            folder, shards = source.original.path, list(source.original.shards)
+        self._views = {shard.name: map_file(folder / shard.name) for shard in shards}
+        self._specs = {spec.name: spec for shard in shards for spec in shard.tensors}
+
+    def read(self, part: TensorSpec, start: int, stop: int) -> Array | None:
+        """The elements [start, stop) of a part, or None when no older file holds it in this shape."""
+        spec = self._specs.get(part.name)
+        if spec is None or (spec.dtype, spec.shape) != (part.dtype, part.shape):
+            return None
+        base, size = spec.chunks[0].offset, spec.dtype.size
+        return self._elements(self._views[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
+
+
+def encode_weight(
+    plan: ExportPlan,
+    name: str,
+    files: Mapping[str, int],
+    chunks: CheckedChunks,
+    kept: Kept,
+    warnings: list[str],
+    tally: Tally,
+) -> None:
+    """Collect one weight from its chunks and write it as its codec's parts; tell when scales had to be found anew."""
+    from transcoder.engine import BAND, TreeDigest, converted, gather
+    from transcoder.exporting import check_digest
+
+    source, codec, spec = plan.source, plan.weights.codecs[name], plan.weights.catalog[name]
+    tensor, width = source.model.hf[name], spec.shape[-1]
+    stored = tensor.family.dtype(source.dtype)
+    tree, fetch, fresh = TreeDigest(tensor.shape, stored), chunks.reader(tensor), 0
+    for start, stop in codec.row_bands(BAND):
+        band = gather(source.atlas, tensor, start * width, stop * width, stored, fetch)
+        tree.add(band)
+        places = codec.places(start, stop)
+        old = [kept.read(part, *place) for part, place in zip(codec.parts[1:], places[1:], strict=True)]
+        known = tuple(part for part in old if part is not None)
+        whole = known if len(known) == len(old) else None
+        new = codec.encode(converted(band, stored, spec.dtype), spec.dtype.name, whole)
+        fresh += _differing(new[1], whole[0]) if whole else new[1].size
+        for part, place, array in zip(codec.parts, places, new, strict=True):
+            tally.moved(_write(files, part, place[0], array))
+    check_digest(plan, name, tree.text())
+    if fresh:
+        warnings.append(f"{name}: {fresh} of its scales were found anew, the others are the original's")
+    tally.finished(tensor)
+
+
+def _differing(one: Array, two: Array) -> int:
+    return int((one != two).sum())
+
+
+def _write(files: Mapping[str, int], part: TensorSpec, start: int, array: Any) -> int:
+    from transcoder.formats.torch_dist_writer import write_all
+
+    data = memoryview(array).cast("B")
+    write_all(files[part.chunks[0].file], data, part.chunks[0].offset + start * part.dtype.size)
+    return len(data)
