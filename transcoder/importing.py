@@ -22,7 +22,7 @@ from transcoder.planner import HfTensor, McoreTensor, Model, build_model
 from transcoder.progress import Tally
 from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
-from transcoder.sizing import axis_sizes
+from transcoder.sizing import axis_sizes, given_sizes
 from transcoder.spec import DTYPES, DType
 from transcoder.variants import import_variants
 
@@ -120,7 +120,8 @@ def _model(
     """The model of a directory, and the names of the tensors that are left out on request."""
     catalog = source.weights.catalog
     values = normalise(source.config)
-    values |= import_variants(recipe, catalog, norm_names)
+    shapes = {name: spec.shape for name, spec in catalog.items()}
+    values |= import_variants(recipe, shapes, given_sizes(recipe, values)[0], norm_names)
     largest = max([1, *(size for spec in catalog.values() for size in spec.shape)])
     sizes = axis_sizes(recipe, values, len(catalog), largest)
     sizes["pad"] = -sizes["vocab"] % divisor

@@ -18,7 +18,7 @@ from transcoder.hfconfig import architecture_of, normalise, read_config, read_js
 from transcoder.iterations import find_iteration
 from transcoder.planner import Model, build_model
 from transcoder.recipes import recipe_for
-from transcoder.sizing import axis_sizes
+from transcoder.sizing import axis_sizes, given_sizes
 from transcoder.spec import DType
 from transcoder.variants import export_variants, shown
 
@@ -68,8 +68,8 @@ def open_megatron(
     values = normalise(config)
     dialect = dialect_of(store.tensors)
     original = open_hf(hf_model) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
-    names = original.weights.catalog if original else [row["name"] for row in (table or {}).get("tensors", [])]
-    originally = shown(recipe.hf_variants, names) if names else {}
+    known = _known_shapes(original, table)
+    originally = shown(recipe.hf_variants, known, given_sizes(recipe, values)[0]) if known else {}
     wanted = {"experts": expert_layout} if expert_layout else {}
     values |= export_variants(recipe, store.tensors, dialect == "stacked", originally, wanted, quantised)
     sizes = axis_sizes(recipe, values, sum(prod(shape) for _, shape, _ in store.tensors.values()), _most_layers(store))
@@ -80,6 +80,13 @@ def open_megatron(
     check_coverage(model, atlas)
     usual = _one_dtype(model, store)
     return Megatron(folder, store, model, atlas, usual, architecture, reference, original, originally, table)
+
+
+def _known_shapes(original: HfDirectory | None, table: dict[str, Any] | None) -> dict[str, tuple[int, ...]]:
+    """The original's weights, from its own headers or from the manifest; nothing where both are missing."""
+    if original is not None:
+        return {name: spec.shape for name, spec in original.weights.catalog.items()}
+    return {row["name"]: tuple(row["shape"]) for row in (table or {}).get("tensors", [])}
 
 
 def _embedding_rows(store: TorchDist) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from transcoder.layout import Layout, parse
 
 Values = Mapping[str, Any]
-Variants = Mapping[str, Mapping[str, str]]  # name → choice → key pattern that shows it; the first choice is the default
+Variants = Mapping[str, Mapping[str, str]]  # name → choice → the tensor that shows it; the first is the default
 _NAME_AXIS = re.compile(r"\{([a-z_]+)(?:\+(\w+))?\}")
 
 

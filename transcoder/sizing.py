@@ -37,16 +37,7 @@ def axis_sizes(recipe: Recipe, values: Mapping[str, Any], tensors: int, largest:
     tensors: how many Hugging Face tensors there can be; largest: how many indices an axis of a name can have. Both
     keep a hostile config from costing time. Axes that no active rule uses may be 0.
     """
-    scope, wrong = dict(values), dict[str, Problem]()
-    for name, text in recipe.axes.items():
-        try:
-            scope[name] = evaluate(text, scope)
-        except (TypeError, ZeroDivisionError):
-            scope[name] = None
-        if type(scope[name]) is not int or not 0 < scope[name] < MAX_SIZE:
-            message, scope[name] = f"{text} = {scope[name]!r}", 0
-            wrong[name] = Problem(file="config.json", message=message, expected="a positive integer")
-    sizes = {name: scope[name] for name in recipe.axes}
+    sizes, wrong = given_sizes(recipe, values)
     if sizes["l"] > tensors:
         raise refuse("config", "the config does not describe a model", [_too_many(recipe, {"l"}, sizes, tensors)])
     active = [rule for rule, layers in active_rules(recipe, values, sizes) if layers]
@@ -56,6 +47,20 @@ def axis_sizes(recipe: Recipe, values: Mapping[str, Any], tensors: int, largest:
     if problems:
         raise refuse("config", "the config does not describe a model", problems)
     return sizes
+
+
+def given_sizes(recipe: Recipe, values: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Problem]]:
+    """Axis sizes that the config gives, 0 for those that it does not, and what is wrong with these."""
+    scope, wrong = dict(values), dict[str, Problem]()
+    for name, text in recipe.axes.items():
+        try:
+            scope[name] = evaluate(text, scope)
+        except (TypeError, ZeroDivisionError):
+            scope[name] = None
+        if type(scope[name]) is not int or not 0 < scope[name] < MAX_SIZE:
+            message, scope[name] = f"{text} = {scope[name]!r}", 0
+            wrong[name] = Problem(file="config.json", message=message, expected="a positive integer")
+    return {name: scope[name] for name in recipe.axes}, wrong
 
 
 def _excesses(

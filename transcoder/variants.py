@@ -1,4 +1,4 @@
-"""Which spelling of a model lies on disk, decided by its keys and never guessed."""
+"""Which spelling of a model lies on disk, decided by its keys and shapes and never guessed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Iterable, Mapping
 
 from transcoder.codecs import CODECS
 from transcoder.errors import Problem, UsageError, refuse
-from transcoder.recipe import Recipe, Variants, pattern
+from transcoder.layout import LayoutError
+from transcoder.recipe import Recipe, Variants, pattern, side
+
+Shapes = Mapping[str, tuple[int, ...]]
+Sizes = Mapping[str, int]
 
 
-def import_variants(recipe: Recipe, names: Iterable[str], norm_names: str) -> dict[str, str]:
-    """The choices of an import: the Hugging Face ones by the names in the files, the Megatron ones by option."""
+def import_variants(recipe: Recipe, tensors: Shapes, sizes: Sizes, norm_names: str) -> dict[str, str]:
+    """The choices of an import: the Hugging Face ones by the tensors in the files, the Megatron ones by option."""
     chosen = {name: next(iter(choices)) for name, choices in recipe.mcore_variants.items()}
     if "norm" in chosen and norm_names:
         if norm_names not in recipe.mcore_variants["norm"]:
             raise UsageError(f"--norm-names {norm_names}: megatron-core stores this model with te names", kind="layout")
         chosen["norm"] = norm_names
-    return chosen | shown(recipe.hf_variants, names)
+    return chosen | shown(recipe.hf_variants, tensors, sizes)
 
 
 def export_variants(
@@ -38,30 +42,36 @@ def export_variants(
         name: {choice: text.replace("{l}.", "") if stacked else text for choice, text in choices.items()}
         for name, choices in recipe.mcore_variants.items()
     }
-    return chosen | shown(spelled, keys)
+    return chosen | shown(spelled, dict.fromkeys(keys, ()), {})
 
 
-def shown(variants: Variants, names: Iterable[str]) -> dict[str, str]:
-    """For each variant the choice whose pattern some name matches; a pattern of "" is for when no other matches.
+def shown(variants: Variants, tensors: Shapes, sizes: Sizes) -> dict[str, str]:
+    """For each variant the choice whose evidence some tensor is; evidence of "" is for when no other is there.
 
-    Raises InputError, with the evidence, when two match or none.
+    Evidence is a name with axes, and a layout where the shape decides. Raises InputError when two match or none.
     """
-    keys = list(names)
-    return {name: _choice(name, choices, keys) for name, choices in variants.items()}
+    return {name: _choice(name, choices, tensors, sizes) for name, choices in variants.items()}
 
 
-def _choice(name: str, choices: Mapping[str, str], keys: list[str]) -> str:
-    evidence = {choice: _first(pattern, keys) for choice, pattern in choices.items() if pattern}
+def _choice(name: str, choices: Mapping[str, str], tensors: Shapes, sizes: Sizes) -> str:
+    evidence = {choice: _first(text, tensors, sizes) for choice, text in choices.items() if text}
     found = [choice for choice, key in evidence.items() if key]
-    found = found or [choice for choice, pattern in choices.items() if not pattern]
+    found = found or [choice for choice, text in choices.items() if not text]
     if len(found) == 1:
         return found[0]
-    seen = "; ".join(f"{choice}: {key or 'no key like ' + choices[choice]}" for choice, key in evidence.items())
+    seen = "; ".join(f"{choice}: {key or 'no tensor like ' + choices[choice]}" for choice, key in evidence.items())
     problem = Problem(rule=f"variants of {name}", expected=f"one of {', '.join(choices)}", found=seen)
     raise refuse("variant", f"the files do not show which variant of {name} they hold", [problem])
 
 
-def _first(name: str, keys: list[str]) -> str:
-    """The first key that a name with axes fits."""
+def _first(text: str, tensors: Shapes, sizes: Sizes) -> str:
+    """The first tensor that is such evidence, or an empty string."""
+    name, _, layout = text.partition(" ")
     fits = pattern(name).fullmatch
-    return next((key for key in keys if fits(key)), "")
+    found = next((key for key in tensors if fits(key)), "")
+    if not found or not layout:
+        return found
+    try:
+        return f"{found} {list(tensors[found])}" if side(text).layout.shape(sizes) == tensors[found] else ""
+    except LayoutError:
+        return ""

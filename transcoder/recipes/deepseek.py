@@ -1,7 +1,7 @@
 """DeepSeek V2, V3 and R1, Kimi K2: latent attention, dense first layers, shared experts, multi-token prediction."""
 
 from transcoder.recipe import Recipe, moved, moved_state
-from transcoder.recipes import blocks, experts, latent
+from transcoder.recipes import blocks, experts, latent, mtp
 
 ROUTER = (experts.router(), *experts.per_expert(), *experts.fused(), *experts.shared_expert("mlp.shared_experts"))
 SPARSE = (*experts.EXPERT_NORM, *ROUTER, experts.EXPERT_BIAS)
@@ -11,21 +11,21 @@ STATE = experts.EXPERT_STATE + experts.SHARED_STATE
 RECIPE = Recipe(
     name="deepseek",
     hf={"DeepseekV3ForCausalLM": "deepseek_v3", "KimiK2ForCausalLM": "kimi_k2"},
-    axes=blocks.AXES | latent.AXES | experts.EXPERT_AXES | experts.ROUTED_AXES | latent.MTP_AXES,
+    axes=blocks.AXES | latent.AXES | experts.EXPERT_AXES | experts.ROUTED_AXES | mtp.AXES,
     kinds=experts.AFTER_DENSE,
     rules=blocks.EMBED
     + latent.ATTENTION
     + moved(blocks.GATED_MLP, "not sparse")
     + moved(SPARSE, "sparse")
-    + latent.predicted(LAYER)
+    + mtp.counted_on(LAYER)
     + blocks.FINAL,
     extra_state=latent.ATTENTION_STATE
     + moved_state(blocks.MLP_STATE, "not sparse")
     + moved_state(STATE, "sparse")
-    + latent.predicted_state(latent.ATTENTION_STATE + STATE),
-    model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.SIGMOID | latent.MODEL | latent.MTP_MODEL,
+    + mtp.state(latent.ATTENTION_STATE + STATE),
+    model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.SIGMOID | latent.MODEL | mtp.MODEL,
     checks=experts.SIGMOID_CHECKS | latent.CHECKS,
-    hf_variants=experts.expert_variants() | latent.MTP_VARIANTS,
-    mcore_variants=experts.TE_NORMS | latent.MTP_KEYS,
-    outgoing=latent.MTP_OUTGOING,
+    hf_variants=experts.expert_variants() | mtp.shown_by("model.layers.{m+l}.eh_proj.weight"),
+    mcore_variants=experts.TE_NORMS | mtp.KEYS,
+    outgoing=mtp.OUTGOING,
 )

@@ -19,7 +19,7 @@ RECIPE = Recipe(
     + moved_state(blocks.MLP_STATE, "not sparse")
     + moved_state(experts.EXPERT_STATE + experts.SHARED_STATE, "sparse"),
     model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.GROUPED | latent.MODEL,
-    checks=experts.GROUPED_CHECKS | latent.CHECKS,
+    checks=experts.EXPERT_CHECKS | latent.CHECKS,
     hf_variants=experts.expert_variants(),
     mcore_variants=experts.TE_NORMS,
 )

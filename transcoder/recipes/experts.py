@@ -134,8 +134,28 @@ SIGMOID = GROUPED | {
     "moe_aux_loss_coeff": "0.0001",
     "moe_router_pre_softmax": "False",
 }
-GROUPED_CHECKS = EXPERT_CHECKS | {"attention_bias": "attention_bias has no rule: the files decide"}
-SIGMOID_CHECKS = GROUPED_CHECKS | {
+SIGMOID_CHECKS = EXPERT_CHECKS | {
     "norm_topk_prob is False": "megatron-core always renormalises the scores of a sigmoid",
     "scoring_func not in (None, 'sigmoid')": "scoring_func is not sigmoid",
 }
+
+# GPT-OSS: a softmax over the chosen experts, clamped quick-GELU, learnable softmax offset, every other layer windowed.
+GPT_OSS = {
+    "add_bias_linear": "True",
+    "add_qkv_bias": "True",
+    "activation_func": "'megatron.core.activations.quick_gelu'",
+    "activation_func_clamp_value": "swiglu_limit or 7.0",
+    "glu_linear_offset": "1.0",
+    "softmax_type": "'learnable'",
+    "window_size": "(sliding_window - 1, 0) if sliding_window else None",
+    "window_attn_skip_freq": "2",
+    "moe_router_pre_softmax": "False",
+    "moe_router_load_balancing_type": "'none'",
+    "position_embedding_type": "'yarn' if rope_type == 'yarn' else 'rope'",
+    "yarn_rotary_scaling_factor": "rope_factor",
+    "yarn_original_max_position_embeddings": "rope_original_max_position_embeddings",
+    "yarn_beta_fast": "rope_beta_fast",
+    "yarn_beta_slow": "rope_beta_slow",
+    "yarn_correction_range_round_to_int": "rope_truncate",
+}
+GPT_OSS_CHECKS = {reason: EXPERT_CHECKS[reason] for reason in ("True", "num_experts_per_tok == 1")}

@@ -1,12 +1,12 @@
-"""Rule tuples of multi-latent attention and of multi-token prediction.
+"""Rule tuples of multi-latent attention.
 
-Stored keys as in megatron/core/transformer/multi_latent_attention.py and multi_token_prediction.py (0.16): the input
-norm stays separate, the norms of the latents are fused into the projections after them.
+Stored keys as in megatron/core/transformer/multi_latent_attention.py (0.16): the input norm stays separate, the norms
+of the latents are fused into the projections after them.
 """
 
 from __future__ import annotations
 
-from transcoder.recipe import Rule, moved, moved_state, rule
+from transcoder.recipe import rule
 from transcoder.recipes.blocks import D, H
 
 A, S = f"{D}self_attention.linear_", f"{H}self_attn."
@@ -67,39 +67,6 @@ MODEL = {
     "rope_scaling_factor": "None",
     "seq_len_interpolation_factor": "None",
 }
-
-# Multi-token prediction: whole layers after the decoder's; Hugging Face counts on, Megatron has a block of its own.
-M, N = "mtp.layers.{m}.", "model.layers.{m+l}."
-MTP_AXES = {"m": "num_nextn_predict_layers", "eh": "2 * hidden_size"}
-MTP_VARIANTS = {"mtp": {"keep": f"{N}eh_proj.weight", "drop": ""}}
-MTP_KEYS = {"mtp": {"keep": f"{M}eh_proj.weight", "drop": ""}}
-MTP_MODEL = {"mtp_num_layers": "m if mtp == 'keep' else None"}
-MTP_OUTGOING = {"mtp == 'drop'": {"num_nextn_predict_layers": 0}}
-_HEAD = (
-    rule(f"{M}enorm.weight h", f"{N}enorm.weight h"),
-    rule(f"{M}hnorm.weight h", f"{N}hnorm.weight h"),
-    rule(f"{M}eh_proj.weight h/tp eh", f"{N}eh_proj.weight h eh"),
-    rule(f"{M}final_layernorm.weight h", f"{N}shared_head.norm.weight h"),
-)
-_COPIES = (
-    rule("embedding.word_embeddings.weight [vocab pad]/tp h", f"{N}embed_tokens.weight vocab h", alias=True),
-    rule("output_layer.weight [vocab pad]/tp h", f"{N}shared_head.head.weight vocab h", alias=True),
-)
-
-
-def predicted(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules of multi-token prediction around those of one decoder layer."""
-    inside = moved(layer, mcore=(D, f"{M}transformer_layer."), hf=(H, N))
-    return moved(_HEAD + inside, "mtp == 'keep'", stage="last") + moved(_COPIES, "mtp == 'keep'")
-
-
-def predicted_state(layer: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """The modules of multi-token prediction that have an extra state; the attention's own is among them here."""
-    names = ("enorm", "hnorm", "eh_proj", "final_layernorm", "transformer_layer.self_attention.core_attention")
-    own = tuple((f"{M}{name}", "") for name in names)
-    inside = [item for item in moved_state(layer, mcore=(D, f"{M}transformer_layer.")) if item[0].startswith(M)]
-    return moved_state((*own, *inside), "mtp == 'keep'")
-
 
 CHECKS = {
     "rope_type not in (None, 'default', 'yarn')": "megatron-core's latent attention lacks this rope_scaling",

@@ -1,0 +1,58 @@
+"""Rule tuples of multi-token prediction: whole layers after the decoder's, which Megatron keeps in a block of its own.
+
+Stored keys as in megatron/core/transformer/multi_token_prediction.py (0.16), always one key per layer. Hugging Face files
+count the layers on after the decoder's, or have a block `mtp.` of their own.
+"""
+
+from __future__ import annotations
+
+from transcoder.recipe import Rule, moved, moved_state, rule
+from transcoder.recipes.blocks import D, H
+
+M, INSIDE = "mtp.layers.{m}.", "mtp.layers.{m}.transformer_layer."
+KEPT = "mtp == 'keep'"
+AXES = {"m": "num_nextn_predict_layers", "eh": "2 * hidden_size"}
+MODEL = {"mtp_num_layers": f"m if {KEPT} else None"}
+KEYS = {"mtp": {"keep": f"{M}eh_proj.weight", "drop": ""}}
+OUTGOING = {"mtp == 'drop'": {"num_nextn_predict_layers": 0}}
+
+
+def counted_on(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules around those of a decoder layer, in the names of DeepSeek and GLM: layer L and after, with copies."""
+    place = "model.layers.{m+l}."
+    copies = (
+        rule("embedding.word_embeddings.weight [vocab pad]/tp h", f"{place}embed_tokens.weight vocab h"),
+        rule("output_layer.weight [vocab pad]/tp h", f"{place}shared_head.head.weight vocab h"),
+    )
+    head = _head(f"{place}enorm", f"{place}hnorm", f"{place}eh_proj", f"{place}shared_head.norm")
+    return moved(head + moved(layer, mcore=(D, INSIDE), hf=(H, place)), KEPT, stage="last") + moved(
+        copies, KEPT, alias=True
+    )
+
+
+def beside(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules around those of a decoder layer, in the names of Qwen: a block of their own."""
+    head = _head("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
+    return moved(head + moved(layer, mcore=(D, INSIDE), hf=(H, M)), KEPT, stage="last")
+
+
+def _head(embedding: str, hidden: str, projection: str, final: str) -> tuple[Rule, ...]:
+    return (
+        rule(f"{M}enorm.weight h", f"{embedding}.weight h"),
+        rule(f"{M}hnorm.weight h", f"{hidden}.weight h"),
+        rule(f"{M}eh_proj.weight h/tp eh", f"{projection}.weight h eh"),
+        rule(f"{M}final_layernorm.weight h", f"{final}.weight h"),
+    )
+
+
+def shown_by(name: str) -> dict[str, dict[str, str]]:
+    """How the files show whether they hold these layers."""
+    return {"mtp": {"keep": name, "drop": ""}}
+
+
+def state(layer: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """The modules that have an extra state; the attention's own is among them here."""
+    names = ("enorm", "hnorm", "eh_proj", "final_layernorm", "transformer_layer.self_attention.core_attention")
+    own = tuple((f"{M}{name}", "") for name in names)
+    inside = tuple(item for item in moved_state(layer, mcore=(D, INSIDE)) if item[0].startswith(INSIDE))
+    return moved_state(own + inside, KEPT)
