@@ -21,6 +21,11 @@ def cast(bits: Bits, source: str, target: str) -> Bits:
     return from_float32(to_float32(bits, source), target)
 
 
+def add(bits: Bits, dtype: str, amount: float) -> Bits:
+    """The elements of `bits` (raw bits of `dtype`) plus `amount`, rounded to nearest even."""
+    return from_float32(to_float32(bits, dtype) + np.float32(amount), dtype)
+
+
 def to_float32(bits: Bits, source: str) -> NDArray[np.float32]:
     """Raw bits as float32 values.
 

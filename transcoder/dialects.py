@@ -21,7 +21,8 @@ from transcoder.notation import Group, Node
 from transcoder.recipe import Side
 
 DIALECTS = ("stacked", "per-layer", "singleton")
-_MOVED = {"stacked": ("l", "e"), "per-layer": ("e",), "singleton": ()}  # axes that become leading dimensions
+# Axes that become leading dimensions: layers (of the decoder, of a Megatron vision tower, its side branches), experts.
+_MOVED = {"stacked": ("l", "t", "s", "e"), "per-layer": ("e",), "singleton": ()}
 _DECODER = r"(?:language_model\.)?decoder\.layers\."
 _PARTS = ("_w", "_v")  # names of the two parts of a gated projection, gate first
 

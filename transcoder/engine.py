@@ -24,7 +24,7 @@ from transcoder.errors import Problem, refuse
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import PIECE, combined
-from transcoder.kernels.casts import cast
+from transcoder.kernels.casts import add, cast
 from transcoder.moves import Copy, Run, runs
 from transcoder.planner import Filler, HfTensor
 from transcoder.spec import Box, Chunk, DType, TensorSpec
@@ -153,6 +153,21 @@ def aligned(size: int, offset: int) -> Array:
     block = np.empty(size + PAGE, np.uint8)
     skip = (offset - block.__array_interface__["data"][0]) % PAGE
     return block[skip : skip + size]
+
+
+def sent(tensor: HfTensor, band: Array, dtype: DType) -> Array:
+    """What Megatron stores for the values `band` of a tensor; both as raw bits of `dtype`."""
+    plus = tensor.family.rule.plus
+    return add(band, dtype.name, plus) if plus else band
+
+
+def received(tensor: HfTensor, band: Array, dtype: DType, kept: Array | None) -> Array:
+    """The values of a tensor for which Megatron stores `band`: those `kept` from an older file where they fit."""
+    plus = tensor.family.rule.plus
+    if not plus:
+        return band
+    values = add(band, dtype.name, -plus)
+    return values if kept is None else np.where(sent(tensor, kept, dtype) == band, kept, values)
 
 
 def fill(atlas: Atlas, filler: Filler, dtype: DType, sink: Sink) -> None:

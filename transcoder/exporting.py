@@ -26,6 +26,7 @@ from transcoder.spec import DTYPES, DType, TensorSpec
 
 if TYPE_CHECKING:
     from transcoder.engine import CheckedChunks, Fetch
+    from transcoder.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, tally:
 def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally: Tally) -> list[str]:
     """Move every payload byte into the shards; check checksums, digests and filler on the way. Returns warnings."""
     from transcoder.engine import CheckedChunks, run_groups
-    from transcoder.scales import Kept, encode_weight
+    from transcoder.kept import Kept, encode_weight
 
     source = plan.source
     views = {name: map_file(source.path / name) for name in source.files}
@@ -180,7 +181,7 @@ def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally:
         for name, spec in sorted(plan.weights.catalog.items(), key=lambda item: item[1].chunks[0].offset):
             job = partial(encode_weight, plan, name, files, chunks, kept, warnings)
             if name not in plan.weights.codecs:
-                job = partial(_move, plan, spec, files[spec.chunks[0].file], chunks, sync)
+                job = partial(_move, plan, spec, files[spec.chunks[0].file], chunks, kept, sync)
             groups[spec.chunks[0].file].append(partial(job, tally))
         run_groups(groups.values(), workers)
         warnings += check_filler(source, chunks.fetch)
@@ -204,9 +205,11 @@ def shard_files(shards: Iterable[Shard], work: Path, sync: bool) -> Iterator[dic
             os.close(file)
 
 
-def _move(plan: ExportPlan, spec: TensorSpec, file: int, chunks: CheckedChunks, flush: bool, tally: Tally) -> None:
+def _move(
+    plan: ExportPlan, spec: TensorSpec, file: int, chunks: CheckedChunks, kept: Kept, flush: bool, tally: Tally
+) -> None:
     """Collect one tensor from its chunks into its place in a shard; compare its digest with the manifest's."""
-    from transcoder.engine import TreeDigest, bands, converted, gather_for
+    from transcoder.engine import TreeDigest, bands, converted, gather_for, received
     from transcoder.formats.torch_dist_writer import start_flush, write_all
 
     source, place = plan.source, spec.chunks[0]
@@ -216,6 +219,7 @@ def _move(plan: ExportPlan, spec: TensorSpec, file: int, chunks: CheckedChunks, 
     for start, stop in bands(tensor.shape, stored):
         offset = place.offset + start * spec.dtype.size
         band = gather_for(offset, source.atlas, tensor, start, stop, stored, fetch)
+        band = received(tensor, band, stored, kept.values(tensor, stored, start, stop))
         tree.add(band)
         data = converted(band, stored, spec.dtype).data.cast("B")
         write_all(file, data, offset)

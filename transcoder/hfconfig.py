@@ -120,4 +120,8 @@ def _is_number(value: Any, limit: float) -> bool:
     return type(value) in (int, float) and 0 < value <= limit
 
 
-UNTIED_BY_DEFAULT = ("llama", "mistral", "qwen2", "qwen3")  # defaults of the classes in transformers
+UNTIED_BY_DEFAULT = (  # defaults of the classes in transformers
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmoe", "qwen3_next", "nemotron_h"),
+    *("deepseek_v2", "deepseek_v3", "kimi_k2", "gpt_oss", "glm4_moe", "phi3", "olmo2", "olmo3", "granite"),
+    *("qwen3_vl", "qwen3_vl_moe"),
+)

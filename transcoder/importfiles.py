@@ -13,8 +13,8 @@ from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import metadata
 from transcoder.importing import ImportPlan, is_tokenizer_file
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
+from transcoder.kept import NAME as KEPT
 from transcoder.paths import write_file
-from transcoder.scales import NAME as SCALES
 
 TOOL_VERSION = "0.1.0"
 
@@ -43,8 +43,8 @@ def write_side_files(
     rows += [
         {"name": name, "size": plan.placement.sizes[name], "digest": f"crc32:{crc:08x}"} for name, crc in crcs.items()
     ]
-    if (folder / SCALES).exists():
-        rows.append(_row(SCALES, map_file(folder / SCALES)))
+    if (folder / KEPT).exists():
+        rows.append(_row(KEPT, map_file(folder / KEPT)))
     rows += [_row(f"../{name}", data) for name, data in trackers.items()]
     table = _table(plan, digests, sorted(rows, key=lambda row: str(row["name"])))
     for name, data in {**files, manifest.NAME: manifest.emit(table), **last}.items():

@@ -160,15 +160,15 @@ def _wanted(tensor: McoreTensor, mesh: Mesh, dtype: DType) -> Wanted:
         at = {**tensor.index, **{name: i for part in parts for name, i in part.at}}
         order = at.get("l", layers if last else -1)
         stage = mesh.stage(order, layers) if "l" in at else (mesh.pp - 1) * last
-        rank = mesh.rank(stage, at, family.sizes.get("e", 1))
+        rank = mesh.rank(stage, at, family.sizes.get("e", 0) or 1)
         chunks.append((tuple((part.start, part.stop) for part in parts), rank, order))
     return Wanted(tensor.name, family.dtype(dtype), tensor.shape, tuple(chunks))
 
 
 def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> dict[str, Any]:
     """Write the whole checkpoint into the folder `work`. Returns the manifest's table."""
-    from transcoder.scales import NAME as SCALES
-    from transcoder.scales import write_scales
+    from transcoder.kept import NAME as KEPT
+    from transcoder.kept import write_kept
 
     folder = work / plan.folder
     folder.mkdir()
@@ -176,7 +176,7 @@ def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally:
     try:
         writer.prepare()
         digests = stream_import(plan, writer.write, workers, tally)
-        write_scales(plan.source, folder / SCALES, sync)
+        write_kept(plan.source, plan.model, folder / KEPT, sync)
         crcs = writer.finish(sync)
     finally:
         writer.close()
@@ -209,7 +209,7 @@ def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> d
 
 def _move(plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, tally: Tally) -> str:
     """Send one tensor to its chunks, band by band. Returns its digest."""
-    from transcoder.engine import TreeDigest, converted, scatter
+    from transcoder.engine import TreeDigest, converted, scatter, sent
 
     stored, target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
     tree = TreeDigest(tensor.shape, target)
@@ -217,7 +217,7 @@ def _move(plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, ta
         band = converted(payloads.read(tensor.name, start, stop), stored, target)
         tree.add(band)
         if not tensor.family.rule.alias:
-            scatter(plan.atlas, tensor, start, band, sink)
+            scatter(plan.atlas, tensor, start, sent(tensor, band, target), sink)
         tally.moved(payloads.weigh(tensor.name, start, stop))
     tally.finished(tensor)
     return tree.text()

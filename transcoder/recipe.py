@@ -63,6 +63,7 @@ class Rule:
     only: str = ""
     stage: str = "first"
     dtype: str = ""  # that Megatron stores whatever the model's is; the Hugging Face file may have either
+    plus: int = 0  # Megatron stores the Hugging Face value plus this
     alias: bool = False  # another copy of what a rule without this mark brings: compared, not stored
 
     @property
@@ -104,7 +105,7 @@ def side(text: str) -> Side:
 def rule(mcore: str | tuple[str, ...], *hf: str, **marks: Any) -> Rule:
     """A rule from texts; the Megatron side (or sides) first, then the Hugging Face sides in the order of their parts.
 
-    marks: `only`, `stage`, `dtype`, `alias`, as in `Rule`.
+    marks: `only`, `stage`, `dtype`, `plus`, `alias`, as in `Rule`.
     """
     stored = (mcore,) if isinstance(mcore, str) else mcore
     return Rule(tuple(side(text) for text in stored), tuple(side(text) for text in hf), **marks)
@@ -203,6 +204,9 @@ def _value(node: ast.expr, values: Values) -> Any:
         return _COMPARE[type(node.ops[0])](_value(node.left, values), _value(node.comparators[0], values))
     if isinstance(node, ast.IfExp):
         return _value(node.body if _value(node.test, values) else node.orelse, values)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len" and len(node.args) == 1:
+        container = _value(node.args[0], values)
+        return len(container) if isinstance(container, list | str) else None
     if isinstance(node, ast.Subscript):
         return _item(_value(node.value, values), _value(node.slice, values))
     if isinstance(node, ast.Tuple):

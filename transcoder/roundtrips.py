@@ -9,7 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from transcoder.engine import Array, Payloads, Scratch, TreeDigest, converted, gather, run_groups, scatter
+from transcoder.engine import (
+    Array,
+    Payloads,
+    Scratch,
+    TreeDigest,
+    converted,
+    gather,
+    received,
+    run_groups,
+    scatter,
+    sent,
+)
 from transcoder.errors import DifferenceError, Problem
 from transcoder.exporting import shard_files
 from transcoder.formats.safetensors import INDEX_NAME
@@ -46,10 +57,11 @@ def _there_and_back(plan: ImportPlan, name: str, payloads: Payloads, tally: Tall
     tree = TreeDigest(tensor.shape, target)
     for start, stop in payloads.bands(name):
         band, scratch = payloads.read(name, start, stop), Scratch()
-        sent = converted(band, spec.dtype, target)
-        tree.add(sent)
-        scatter(plan.atlas, tensor, start, sent, scratch.store)
-        back = converted(gather(plan.atlas, tensor, start, stop, target, scratch.fetch), target, spec.dtype)
+        values = converted(band, spec.dtype, target)
+        tree.add(values)
+        scatter(plan.atlas, tensor, start, sent(tensor, values, target), scratch.store)
+        back = gather(plan.atlas, tensor, start, stop, target, scratch.fetch)
+        back = converted(received(tensor, back, target, values), target, spec.dtype)
         for part, first, old, new in _stored(payloads, spec, start, stop, band, back):
             _same(part.name, first, old, new)
             if store is not None:

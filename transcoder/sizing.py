@@ -23,11 +23,13 @@ def layer_scopes(recipe: Recipe, values: Mapping[str, Any], sizes: Mapping[str, 
 
 
 def layer_lists(recipe: Recipe, values: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """For each kind `x` a list `x_layers` of 0 and 1, and `all_x`."""
+    """For each kind `x` a list `x_layers` of 0 and 1, `all_x` and `any_x`."""
     scopes = layer_scopes(recipe, values, sizes) if recipe.kinds else []
     lists = {kind: [int(scope[kind]) for scope in scopes] for kind in recipe.kinds}
-    return {f"{kind}_layers": found for kind, found in lists.items()} | {
-        f"all_{kind}": all(found) for kind, found in lists.items()
+    return {
+        name: value
+        for kind, found in lists.items()
+        for name, value in ((f"{kind}_layers", found), (f"all_{kind}", all(found)), (f"any_{kind}", any(found)))
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from transcoder.codecs import CODECS
 from transcoder.errors import Problem, UsageError, refuse
-from transcoder.layout import LayoutError
+from transcoder.notation import LayoutError
 from transcoder.recipe import Recipe, Variants, pattern, side
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from transcoder.checking import is_hf
-from transcoder.engine import Array, CheckedChunks, Payloads, bands, converted, gather
+from transcoder.engine import Array, CheckedChunks, Payloads, bands, converted, gather, received
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import map_file
+from transcoder.kept import Kept
 from transcoder.kernels.casts import to_float32
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.spec import DType
@@ -45,12 +46,13 @@ def hf_view(path: Path, follow_links: bool = False) -> View:
 def megatron_view(source: Megatron) -> View:
     """A Megatron checkpoint, gathered through its plan; checksums are compared on the way."""
     files = {name: map_file(source.path / name) for name in source.files}
-    chunks = CheckedChunks(files.__getitem__)
+    chunks, kept = CheckedChunks(files.__getitem__), Kept(source)
     tensors = {name: (tensor.family.dtype(source.dtype), tensor.shape) for name, tensor in source.model.hf.items()}
 
     def read(name: str, start: int, stop: int) -> Array:
-        tensor = source.model.hf[name]
-        return gather(source.atlas, tensor, start, stop, tensors[name][0], chunks.reader(tensor))
+        tensor, dtype = source.model.hf[name], tensors[name][0]
+        band = gather(source.atlas, tensor, start, stop, dtype, chunks.reader(tensor))
+        return received(tensor, band, dtype, kept.values(tensor, dtype, start, stop))
 
     def finish() -> object:
         from transcoder.exporting import check_filler

@@ -36,7 +36,7 @@ SPELLED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
     "layernorm_zero_centered_gamma": "apply_layernorm_1p",
 }
-ONLY_FIELDS = ("vocab_size", "share_embeddings_and_output_weights", "activation_func")
+ONLY_FIELDS = ("vocab_size", "share_embeddings_and_output_weights", "activation_func", "rotary_base_local", "_target_")
 SILU = "torch.nn.functional.silu"
 SQUARED_RELU = "megatron.core.activations.squared_relu"
 
@@ -93,14 +93,15 @@ def run_config(fields: Mapping[str, Any], dtype: str) -> str:
     """run_config.yaml for Megatron Bridge: the fields without which it loads a different model or none."""
     import yaml
 
-    kept = {name: value for name, value in fields.items() if name != "rotary_base"}
+    kept = {name: value for name, value in fields.items() if not name.startswith("rotary_base")}
+    base, local = float(fields["rotary_base"]), fields.get("rotary_base_local")  # Gemma 3's provider takes a pair
     model = {
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
         **kept,
         "should_pad_vocab": False,
         "make_vocab_size_divisible_by": 1,
         "activation_func": {"_target_": fields.get("activation_func", SILU), "_call_": False},
-        "rotary_base": float(fields["rotary_base"]),
+        "rotary_base": base if local is None else [float(local), base],
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "bf16": dtype == "bfloat16",

@@ -10,6 +10,13 @@ from transcoder.recipes.blocks import CHECKS, D, H
 
 EVERY_LAYER = {"sparse": "True"}
 SOME_LAYERS = {"sparse": "l not in (mlp_only_layers or ()) and (l + 1) % (decoder_sparse_step or 1) == 0"}  # of Qwen
+SHARED_AXES = {
+    "e": "num_experts or num_local_experts",
+    "sf": "shared_expert_intermediate_size",
+    "sgate": "sf",
+    "sup": "sf",
+    "one": "1",
+}
 EXPERT_AXES = {"mf": "moe_intermediate_size", "mgate": "mf", "mup": "mf"}
 X = f"{D}mlp.experts.experts.{{e}}."
 
@@ -110,6 +117,8 @@ MOE = {
     "moe_layer_freq": "1 if all_sparse else sparse_layers",
     "moe_router_pre_softmax": "not norm_topk_prob",
 }
+
+SHARED_GATE = {"moe_shared_expert_intermediate_size": "sf", "moe_shared_expert_gate": "True"}
 
 # Mixtures in the manner of DeepSeek: dense layers first, then routed and shared experts.
 AFTER_DENSE = {"sparse": "l >= (first_k_dense_replace or 0) and l % (moe_layer_freq or 1) == 0"}

@@ -28,7 +28,11 @@ RECIPE = Recipe(
     | experts.MOE
     | experts.SIGMOID
     | mtp.MODEL
-    | {"add_bias_linear": "False", "qk_layernorm": "not not use_qk_norm", "rotary_percent": "partial_rotary_factor or rope_partial_rotary_factor or 0.5"},
+    | {
+        "add_bias_linear": "False",
+        "qk_layernorm": "not not use_qk_norm",
+        "rotary_percent": "partial_rotary_factor or rope_partial_rotary_factor or 0.5",
+    },
     checks=experts.SIGMOID_CHECKS,
     hf_variants=experts.expert_variants() | mtp.shown_by("model.layers.{m+l}.eh_proj.weight"),
     mcore_variants=experts.NORM_VARIANTS | mtp.KEYS,

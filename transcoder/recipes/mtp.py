@@ -1,7 +1,7 @@
 """Rule tuples of multi-token prediction: whole layers after the decoder's, which Megatron keeps in a block of its own.
 
-Stored keys as in megatron/core/transformer/multi_token_prediction.py (0.16), always one key per layer. Hugging Face files
-count the layers on after the decoder's, or have a block `mtp.` of their own.
+Stored keys as in megatron/core/transformer/multi_token_prediction.py (0.16), always one key per layer. Hugging Face
+files count the layers on after the decoder's, or have a block `mtp.` of their own.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ def counted_on(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
         rule("embedding.word_embeddings.weight [vocab pad]/tp h", f"{place}embed_tokens.weight vocab h"),
         rule("output_layer.weight [vocab pad]/tp h", f"{place}shared_head.head.weight vocab h"),
     )
-    head = _head(f"{place}enorm", f"{place}hnorm", f"{place}eh_proj", f"{place}shared_head.norm")
+    head = _head(M, f"{place}enorm", f"{place}hnorm", f"{place}eh_proj", f"{place}shared_head.norm")
     return moved(head + moved(layer, mcore=(D, INSIDE), hf=(H, place)), KEPT, stage="last") + moved(
         copies, KEPT, alias=True
     )
 
 
 def beside(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules around those of a decoder layer, in the names of Qwen: a block of their own."""
-    head = _head("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
+    """The rules around those of a decoder layer, in the names of Qwen: a block with one of them."""
+    head = _head("mtp.layers.0.", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
     return moved(head + moved(layer, mcore=(D, INSIDE), hf=(H, M)), KEPT, stage="last")
 
 
-def _head(embedding: str, hidden: str, projection: str, final: str) -> tuple[Rule, ...]:
+def _head(place: str, embedding: str, hidden: str, projection: str, final: str) -> tuple[Rule, ...]:
     return (
-        rule(f"{M}enorm.weight h", f"{embedding}.weight h"),
-        rule(f"{M}hnorm.weight h", f"{hidden}.weight h"),
-        rule(f"{M}eh_proj.weight h/tp eh", f"{projection}.weight h eh"),
-        rule(f"{M}final_layernorm.weight h", f"{final}.weight h"),
+        rule(f"{place}enorm.weight h", f"{embedding}.weight h"),
+        rule(f"{place}hnorm.weight h", f"{hidden}.weight h"),
+        rule(f"{place}eh_proj.weight h/tp eh", f"{projection}.weight h eh"),
+        rule(f"{place}final_layernorm.weight h", f"{final}.weight h"),
     )
 
 

@@ -9,10 +9,7 @@ SPARSE = (*experts.EXPERT_NORM, experts.router(), *experts.per_expert(), *expert
 RECIPE = Recipe(
     name="qwen2_moe",
     hf={"Qwen2MoeForCausalLM": "qwen2_moe"},
-    axes=blocks.AXES
-    | {"e": "num_experts or num_local_experts", "sf": "shared_expert_intermediate_size", "sgate": "sf", "sup": "sf"}
-    | {"one": "1"}
-    | experts.EXPERT_AXES,
+    axes=blocks.AXES | experts.EXPERT_AXES | experts.SHARED_AXES,
     kinds=experts.SOME_LAYERS,
     rules=(
         *blocks.EMBED,
@@ -27,8 +24,8 @@ RECIPE = Recipe(
     + moved_state(experts.EXPERT_STATE + experts.SHARED_STATE, "sparse"),
     model=blocks.DENSE
     | experts.MOE
-    | {"add_bias_linear": "False", "add_qkv_bias": "qkv_bias is not False"}
-    | {"moe_shared_expert_intermediate_size": "sf", "moe_shared_expert_gate": "True"},
+    | experts.SHARED_GATE
+    | {"add_bias_linear": "False", "add_qkv_bias": "qkv_bias is not False"},
     checks=experts.EXPERT_CHECKS,
     hf_variants=experts.expert_variants(),
     mcore_variants=experts.NORM_VARIANTS,

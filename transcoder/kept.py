@@ -1,7 +1,8 @@
-"""Scales of a quantised original: kept beside a checkpoint on import, used again on export where they still fit.
+"""What a conversion to Megatron loses and an export needs: kept beside the checkpoint, used again where it still fits.
 
-With its own scale a weight that was decoded to bfloat16 rounds back to exactly the number it came from, so an unchanged
-model gives the original files; blocks that training changed get fresh scales.
+These are the scales of a quantised original, with which a weight that was decoded to bfloat16 rounds back to exactly
+the number it came from (blocks that training changed get fresh scales), and tensors whose values Megatron stores
+shifted by a constant, which rounds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.formats.safetensors import emit_header, read_shard
 from transcoder.formats.torch_dist import map_file
-from transcoder.spec import TensorSpec
+from transcoder.planner import HfTensor, Model
+from transcoder.spec import DType, TensorSpec
 
 if TYPE_CHECKING:
     from transcoder.engine import Array, CheckedChunks
@@ -22,15 +24,16 @@ if TYPE_CHECKING:
     from transcoder.megatron import Megatron
     from transcoder.progress import Tally
 
-NAME = "hf-scales.safetensors"  # in the iteration's folder
+NAME = "hf-kept.safetensors"  # in the iteration's folder
 
 
-def write_scales(source: HfDirectory, path: Path, sync: bool) -> None:
-    """Copy every part but the first of each quantised weight into one safetensors file, if there are any."""
+def write_kept(source: HfDirectory, model: Model, path: Path, sync: bool) -> None:
+    """Copy what an export needs into one safetensors file, if there is any."""
     from transcoder.engine import Payloads
 
     payloads = Payloads(source)
     parts = [part for codec in source.weights.codecs.values() for part in codec.parts[1:]]
+    parts += [source.catalog[name] for name, tensor in model.hf.items() if tensor.family.rule.plus]
     if not parts:
         return
     with path.open("xb") as file:
@@ -43,12 +46,12 @@ def write_scales(source: HfDirectory, path: Path, sync: bool) -> None:
 
 
 class Kept:
-    """The scales of the original: of the directory that was given, else those beside the checkpoint, else none."""
+    """Parts of the original: of the directory that was given, else those beside the checkpoint, else none."""
 
     def __init__(self, source: Megatron) -> None:
-        from transcoder.engine import elements
+        from transcoder.engine import converted, elements
 
-        self._elements = elements
+        self._elements, self._converted = elements, converted
         folder, shards = source.path, [read_shard(source.path / NAME)] if (source.path / NAME).is_file() else []
         if source.original is not None:
             folder, shards = source.original.path, list(source.original.shards)
@@ -62,6 +65,14 @@ class Kept:
             return None
         base, size = spec.chunks[0].offset, spec.dtype.size
         return self._elements(self._views[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
+
+    def values(self, tensor: HfTensor, dtype: DType, start: int, stop: int) -> Array | None:
+        """The original's elements [start, stop) of a tensor that Megatron stores shifted, if they are known."""
+        spec = self._specs.get(tensor.name)
+        if spec is None or spec.shape != tensor.shape or not tensor.family.rule.plus:
+            return None
+        known = self.read(spec, start, stop)
+        return None if known is None else self._converted(known, spec.dtype, dtype)
 
 
 def encode_weight(
