@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-real check test test-full wheel
+.PHONY: demo demo-real check test test-full record wheel
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -31,7 +31,11 @@ check: $(VENV)/tests
 	$(BIN)/mypy
 
 test: $(VENV)/tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --proved=check
+
+# The record behind `transcode architectures`, made anew from what the tests prove.
+record: $(VENV)/tests
+	$(BIN)/python -m pytest -m "not slow" --proved=write
 
 # The full matrices against megatron-core.
 test-full: $(VENV)/tests

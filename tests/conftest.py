@@ -1,13 +1,39 @@
-"""Fixtures that several modules share; each module has its own copy of what they make."""
+"""Fixtures that several modules share, each module with its own copy of what they make; the record of what is proved."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import transcoder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--proved`: what to do with the record."""
+    parser.addoption("--proved", choices=("check", "write"), help="compare or rewrite transcoder/proved.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect claims in the process that sees every report."""
+    mode = config.getoption("--proved")
+    if mode and not hasattr(config, "workerinput"):
+        from proving import Proving
+
+        config.pluginmanager.register(Proving(mode))
+
+
+@pytest.fixture
+def proves(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Called at the start of a test with a claim and the classes of which the test proves it."""
+
+    def claim(name: str, *architectures: str) -> None:
+        for architecture in architectures:
+            record_property("proves", [name, architecture])
+
+    return claim
 
 
 @pytest.fixture(scope="module")

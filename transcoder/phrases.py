@@ -104,10 +104,12 @@ def roundtrip_end(report: Report) -> Iterator[str]:
 
 
 def architectures(report: Report) -> Iterator[str]:
-    """The supported architectures as a numbered list."""
+    """The supported architectures as a numbered list, with what tests prove of each."""
+    width = max(len(row["name"]) for row in report["architectures"])
     yield f"✅ Found {len(report['architectures'])} supported model architecture(s):"
     for number, row in enumerate(report["architectures"], 1):
-        yield f"{number:>3}. {row['name']}"
+        proved = ", ".join(claim for claim, holds in row["proved"].items() if holds)
+        yield f"{number:>3}. {row['name']:<{width}}  {proved}".rstrip()
     yield "Convert one with: transcode hf2mcore SRC DST --tp N --pp N"
 
 

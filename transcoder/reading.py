@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from transcoder.progress import Listener
 
 if TYPE_CHECKING:
     from transcoder.views import View
+
+CLAIMS = ("names", "mcore", "logits", "quantised", "export")
+UNPROVED = dict.fromkeys(CLAIMS, False)
 
 
 def stream_hf(path: PathLike, hf_model: PathLike | None = None) -> Iterator[tuple[str, Any]]:
@@ -83,12 +87,18 @@ def inspect(directory: PathLike) -> dict[str, Any]:
 
 
 def architectures() -> dict[str, Any]:
-    """Every supported Hugging Face class, with the model type that configs name it by."""
+    """Every supported Hugging Face class, the model type that configs name it by, and what tests prove of it.
+
+    The claims: names and shapes equal to what transformers writes; real megatron-core asks for and loads what we write;
+    logits equal; quantised files decoded as another decoder does, and given back; files exported bit for bit.
+    """
+    from importlib.resources import files
+
     from transcoder.recipes import registry
 
-    claims = dict.fromkeys(("names", "mcore", "logits", "quantised", "export"))
+    record = json.loads((files("transcoder") / "proved.json").read_text())
     rows = [
-        {"name": name, "model_type": recipe.hf[name], "recipe": recipe.name, "proved": dict(claims)}
+        {"name": name, "model_type": recipe.hf[name], "recipe": recipe.name, "proved": record.get(name, UNPROVED)}
         for name, recipe in sorted(registry().items())
     ]
     return {"architectures": rows}
