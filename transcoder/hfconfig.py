@@ -11,6 +11,7 @@ from transcoder.errors import Problem, refuse
 
 CONFIG_LIMIT = 16 << 20  # bytes
 NESTING_LIMIT = 64
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"{[]}")
 
 
 def read_json(path: Path, limit: int) -> Any:
@@ -27,13 +28,10 @@ def read_json(path: Path, limit: int) -> Any:
 def parse_json(data: bytes) -> Any:
     """Strict JSON: UTF-8, bounded nesting, no repeated keys, no NaN or Infinity. Raises ValueError."""
     depth = 0
-    for byte in data:
-        if byte in b"{[":
-            depth += 1
-            if depth > NESTING_LIMIT:
-                raise ValueError(f"nested deeper than {NESTING_LIMIT}")
-        elif byte in b"}]":
-            depth -= 1
+    for byte in data.translate(None, _NO_BRACKETS):
+        depth += 1 if byte in b"{[" else -1
+        if depth > NESTING_LIMIT:
+            raise ValueError(f"nested deeper than {NESTING_LIMIT}")
     return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
 
 

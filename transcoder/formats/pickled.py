@@ -8,8 +8,9 @@ get a slot, since nothing else is fetched again.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from transcoder.errors import TranscoderError, refuse
 
@@ -39,6 +40,20 @@ class Pairs(list[tuple[object, object]]):
                 raise refuse("pickle", f"dict key {brief(key)} is repeated or not a string")
             found[key] = value
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A dict of `count` pairs that are made one after another while they are written."""
+
+    count: int
+    pairs: Callable[[], Iterator[tuple[object, object]]]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[object, object]]:
+        return self.pairs()
 
 
 @dataclass(slots=True)
@@ -111,16 +126,17 @@ class _Writer:
         self.memo[key] = _indexed(b"h", b"j", self.count)
         self.count += 1
 
-    def batches(self, values: Sequence[object], one: bytes, many: bytes) -> None:
+    def batches(self, values: Collection[object], one: bytes, many: bytes) -> None:
         """Write list elements or dict pairs, then the opcode that adds them."""
         save = self.save_pair if one == b"s" else self.save
+        rest = iter(values)
         if len(values) == 1:
-            save(values[0])
+            save(next(rest))
             self.out.extend(one)
             return
-        for start in range(0, len(values), BATCH):
+        for _ in range(0, len(values), BATCH):
             self.out.extend(b"(")
-            for value in values[start : start + BATCH]:
+            for value in islice(rest, BATCH):
                 save(value)
             self.out.extend(many)
 
@@ -204,7 +220,7 @@ def _save_list(w: _Writer, value: list[object]) -> None:
     w.batches(value, b"a", b"e")
 
 
-def _save_pairs(w: _Writer, value: Sequence[tuple[object, object]]) -> None:
+def _save_pairs(w: _Writer, value: Collection[tuple[object, object]]) -> None:
     w.out.extend(b"}")
     w.container()
     w.batches(value, b"s", b"u")
@@ -237,6 +253,7 @@ SAVERS: dict[type, Callable[..., None]] = {
     tuple: _save_tuple,
     list: _save_list,
     Pairs: _save_pairs,
+    Made: _save_pairs,
     Global: _save_global,
     Record: _save_record,
     Persistent: _save_persistent,

@@ -7,7 +7,7 @@ by bytes in key order, so that workers own files. All `_extra_state` entries poi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -16,7 +16,7 @@ from pathlib import Path
 from isal.isal_zlib import crc32, crc32_combine
 
 from transcoder.formats.archive import TensorItem, archive, tensor_item
-from transcoder.formats.pickles import Global, Pairs, Record, dumps
+from transcoder.formats.pickled import Global, Made, Record, dumps
 from transcoder.spec import Box, Chunk, DType, TensorSpec, box_shape
 
 PIECE = 1 << 20  # bytes of one write
@@ -195,18 +195,25 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 def metadata(placement: Placement) -> bytes:
     """The bytes of `.metadata`: torch's Metadata with the two attributes that loaders need."""
-    tensors: list[tuple[object, object]] = []
-    storage: list[tuple[object, object]] = []
+    objects, stored = len(placement.objects), placement.catalog.values()
+    tensors = Made(objects + len(stored), lambda: _tensors(placement))
+    storage = Made(objects + sum(len(spec.chunks) for spec in stored), lambda: _storage(placement))
+    return dumps(Record(Global(f"{DCP}.metadata", "Metadata"), (tensors, None, storage)))
+
+
+def _tensors(placement: Placement) -> Iterator[tuple[object, object]]:
     for key, spec in placement.catalog.items():
-        tensors.append((key, _tensor_metadata(spec)))
-        for chunk in spec.chunks:
-            storage.append(
-                (_index(key, tuple(start for start, _ in chunk.box)), _info(*placement.items[key, chunk.box]))
-            )
+        yield key, _tensor_metadata(spec)
     for key in placement.objects:
-        tensors.append((key, Record(Global(f"{DCP}.metadata", "BytesStorageMetadata"), ())))
-        storage.append((_index(key, None), _info("__0_0.distcp", 0, len(placement.blob))))
-    return dumps(Record(Global(f"{DCP}.metadata", "Metadata"), (Pairs(tensors), None, Pairs(storage))))
+        yield key, Record(Global(f"{DCP}.metadata", "BytesStorageMetadata"), ())
+
+
+def _storage(placement: Placement) -> Iterator[tuple[object, object]]:
+    for key, spec in placement.catalog.items():
+        for chunk in spec.chunks:
+            yield _index(key, tuple(start for start, _ in chunk.box)), _info(*placement.items[key, chunk.box])
+    for key in placement.objects:
+        yield _index(key, None), _info("__0_0.distcp", 0, len(placement.blob))
 
 
 def _tensor_metadata(spec: TensorSpec) -> Record:

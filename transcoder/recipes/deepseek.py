@@ -25,6 +25,7 @@ RECIPE = Recipe(
     + mtp.state(latent.ATTENTION_STATE + STATE),
     model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.SIGMOID | latent.MODEL | mtp.MODEL,
     checks=experts.SIGMOID_CHECKS | latent.CHECKS,
+    ignore=("model.layers.{l}.self_attn.rotary_emb.inv_freq",),
     hf_variants=experts.expert_variants() | mtp.shown_by("model.layers.{m+l}.eh_proj.weight"),
     mcore_variants=experts.TE_NORMS | mtp.KEYS,
     outgoing=mtp.OUTGOING,

@@ -20,6 +20,7 @@ RECIPE = Recipe(
     + moved_state(experts.EXPERT_STATE + experts.SHARED_STATE, "sparse"),
     model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.GROUPED | latent.MODEL,
     checks=experts.EXPERT_CHECKS | latent.CHECKS,
+    ignore=("model.layers.{l}.self_attn.rotary_emb.inv_freq",),
     hf_variants=experts.expert_variants(),
     mcore_variants=experts.TE_NORMS,
 )
