@@ -176,7 +176,9 @@ _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Mult: lambda a, b: a * b,
     ast.FloorDiv: lambda a, b: a // b,
     ast.Mod: lambda a, b: a % b,
+    ast.Pow: lambda a, b: float(a) ** b if 0 < a < 1e18 else None,
 }
+_UNARY: Mapping[type, Callable[[Any], Any]] = {ast.Not: lambda a: not a, ast.USub: lambda a: -a}
 _COMPARE: Mapping[type, Callable[[Any, Any], bool]] = {
     ast.Eq: lambda a, b: a == b,
     ast.NotEq: lambda a, b: a != b,
@@ -196,8 +198,8 @@ def _value(node: ast.expr, values: Values) -> Any:
         return values.get(node.id)
     if isinstance(node, ast.BoolOp):
         return _boolean(node, values)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return not _value(node.operand, values)
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
+        return _UNARY[type(node.op)](_value(node.operand, values))
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return _BINARY[type(node.op)](_value(node.left, values), _value(node.right, values))
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARE:

@@ -46,6 +46,17 @@ ATTENTION = (
     rule(f"{D}self_attention.linear_proj.weight h (g q d)/tp", f"{H}self_attn.o_proj.weight h (g q d)"),
 )
 
+GATED_ATTENTION = (  # each query head followed by the gate of its output
+    ATTENTION[0],
+    rule(
+        f"{D}self_attention.linear_qkv.weight (g [(q d) (q dz) k v])/tp h",
+        f"{H}self_attn.q_proj.weight (g q [d dz]) h",
+        f"{H}self_attn.k_proj.weight (g k) h",
+        f"{H}self_attn.v_proj.weight (g v) h",
+    ),
+    *ATTENTION[2:],
+)
+
 
 def qkv_bias(only: str = "") -> Rule:
     """The bias of the fused QKV, under a guard."""

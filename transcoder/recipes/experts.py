@@ -30,7 +30,14 @@ EXPERT_NORM = (
     ),
 )
 EXPERT_BIAS = rule(f"{D}mlp.router.expert_bias e", f"{H}mlp.gate.e_score_correction_bias e", dtype="float32")
-NORM_VARIANTS = {"norm": {"te": f"{D}pre_mlp_layernorm.weight", "local": ""}}
+
+
+def norm_variants(prefix: str = "") -> dict[str, dict[str, str]]:
+    """How a checkpoint shows whose norm names it has."""
+    return {"norm": {"te": f"{prefix}{D}pre_mlp_layernorm.weight", "local": ""}}
+
+
+NORM_VARIANTS = norm_variants()
 
 
 def router(hf: str = "mlp.gate.weight") -> Rule:
@@ -62,6 +69,15 @@ def fused(
     return (
         rule(f"{X}linear_fc1.weight [mgate/etp mup/etp] h", f"{H}{prefix}.{fc1}", only=only),
         rule(f"{X}linear_fc2.weight h mf/etp", f"{H}{prefix}.{fc2}", only=only),
+    )
+
+
+def transposed(prefix: str = "mlp.experts") -> tuple[Rule, ...]:
+    """Fused experts whose matrices lie the other way round."""
+    only = "experts == 'transposed'"
+    return (
+        rule(f"{X}linear_fc1.weight [mgate/etp mup/etp] h", f"{H}{prefix}.gate_up_proj e h [mgate mup]", only=only),
+        rule(f"{X}linear_fc2.weight h mf/etp", f"{H}{prefix}.down_proj e mf h", only=only),
     )
 
 

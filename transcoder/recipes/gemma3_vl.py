@@ -1,75 +1,26 @@
 """Gemma 3 with images: its text model under a prefix, the SigLIP tower under Hugging Face's own names."""
 
-from transcoder.recipe import Recipe, moved, moved_state, rule
-from transcoder.recipes.gemma3 import TEXT, TEXT_AXES, TEXT_CHECKS, TEXT_MODEL, TEXT_STATE
+from transcoder.recipe import Recipe, moved, moved_state
+from transcoder.recipes import gemma3_text as text
+from transcoder.recipes import siglip
 
-L = "encoder.layers.{b}."
-TOWER = (
-    "embeddings.patch_embedding.weight vh vc vp vq",
-    "embeddings.patch_embedding.bias vh",
-    "embeddings.position_embedding.weight vn vh",
-    *(f"{L}layer_norm{n}.{part} vh" for n in (1, 2) for part in ("weight", "bias")),
-    *(f"{L}self_attn.{name}_proj.weight vo vh" for name in ("q", "k", "v", "out")),
-    *(f"{L}self_attn.{name}_proj.bias vo" for name in ("q", "k", "v", "out")),
-    f"{L}mlp.fc1.weight vf vh",
-    f"{L}mlp.fc1.bias vf",
-    f"{L}mlp.fc2.weight vh vf",
-    f"{L}mlp.fc2.bias vh",
-    "post_layernorm.weight vh",
-    "post_layernorm.bias vh",
-)
-VISION = tuple(rule(f"vision_tower.{text}", f"vision_tower.{text}") for text in TOWER)
-M = "multi_modal_projector."
-PROJECTOR = (
-    rule(f"{M}mm_soft_embed_norm.weight vh", f"{M}mm_soft_emb_norm.weight vh"),
-    rule(f"{M}proj.weight h/tp vh", f"{M}mm_input_projection_weight vh h"),
-)
-OLD, NEW = "prefix == 'old'", "prefix == 'new'"
-FLAT, WRAPPED = "vision_tower.", "vision_tower.vision_model."
-HF_TOWERS = {"wrapped": WRAPPED, "flat": FLAT, "new-wrapped": f"model.{WRAPPED}", "new-flat": f"model.{FLAT}"}
-MCORE_TOWERS = {"bridge-flat": FLAT, "bridge-wrapped": WRAPPED}  # Megatron Bridge with transformers 5 and 4
-MARK = "embeddings.patch_embedding.weight"
+INSIDE, OLD, NEW = ("", "language_model."), "prefix == 'old'", "prefix == 'new'"
+BEFORE = moved(text.RULES, OLD, INSIDE, ("model.", "language_model.model."))
+LAYER = "layers.{l}.input_layernorm.weight"
 
 RECIPE = Recipe(
     name="gemma3_vl",
     hf={"Gemma3ForConditionalGeneration": "gemma3"},
-    axes=TEXT_AXES
-    | {"b": "vision_num_hidden_layers or 12", "vh": "vision_hidden_size or 768", "vo": "vh"}
-    | {
-        "vf": "vision_intermediate_size or 3072",
-        "vc": "vision_num_channels or 3",
-        "vp": "vision_patch_size or 16",
-        "vq": "vp",
-    }
-    | {"vn": "((vision_image_size or 224) // vp) * ((vision_image_size or 224) // vp)"},
-    rules=(
-        *moved(
-            moved(TEXT, OLD, ("", "language_model."), ("model.", "language_model.model.")),
-            hf=("lm_head.", "language_model.lm_head."),
-        ),
-        *moved(TEXT, NEW, ("", "language_model."), ("model.", "model.language_model.")),
-        *moved(PROJECTOR, OLD),
-        *moved(PROJECTOR, NEW, hf=("", "model.")),
-        *(
-            each
-            for stored, mcore in MCORE_TOWERS.items()
-            for found, hf in HF_TOWERS.items()
-            for each in moved(VISION, f"tower == '{found}' and bridge == '{stored}'", (FLAT, mcore), (FLAT, hf))
-        ),
-    ),
-    extra_state=(
-        *moved_state(TEXT_STATE, mcore=("", "language_model.")),
-        (f"{M}mm_soft_embed_norm", ""),
-        (f"{M}proj", ""),
-    ),
-    model=TEXT_MODEL,
-    hf_variants={
-        "prefix": {
-            "old": "language_model.model.layers.{l}.input_layernorm.weight",
-            "new": "model.language_model.layers.{l}.input_layernorm.weight",
-        },
-        "tower": {name: start + MARK for name, start in HF_TOWERS.items()},
-    },
-    mcore_variants={"bridge": {name: start + MARK for name, start in MCORE_TOWERS.items()}},
-    checks=TEXT_CHECKS | {"vision_config is not None": "the vision tower's configuration is not carried over"},
+    axes=text.AXES | siglip.AXES,
+    rules=moved(BEFORE, hf=("lm_head.", "language_model.lm_head."))
+    + moved(text.RULES, NEW, INSIDE, ("model.", "model.language_model."))
+    + moved(siglip.PROJECTOR, OLD)
+    + moved(siglip.PROJECTOR, NEW, hf=("", "model."))
+    + siglip.towers(),
+    extra_state=moved_state(text.STATE, mcore=INSIDE) + siglip.STATE,
+    model=text.MODEL,
+    hf_variants={"prefix": {"old": f"language_model.model.{LAYER}", "new": f"model.language_model.{LAYER}"}}
+    | siglip.HF_VARIANTS,
+    mcore_variants=siglip.MCORE_VARIANTS,
+    checks=text.CHECKS | {"vision_config is not None": "the vision tower's configuration is not carried over"},
 )

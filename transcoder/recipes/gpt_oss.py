@@ -1,12 +1,11 @@
 """GPT-OSS: biases everywhere, attention sinks, experts whose gate and up rows alternate.
 
-Experts lie transposed in BF16 files and as they are in MXFP4 files: told by their names, for the matrices are square.
+Experts lie transposed in BF16 files, not in MXFP4 files: told by their names, for the matrices are square.
 """
 
 from transcoder.recipe import Recipe, rule
 from transcoder.recipes import blocks, experts
-from transcoder.recipes.blocks import D, H
-from transcoder.recipes.experts import X
+from transcoder.recipes.experts import D, H, X
 
 FC1, FC2, E = f"{X}linear_fc1.weight [(mf og)/etp (mf ou)/etp] h", f"{X}linear_fc2.weight h mf/etp", f"{H}mlp.experts."
 TRANSPOSED, MXFP4 = "experts == 'transposed'", "experts == 'mxfp4'"

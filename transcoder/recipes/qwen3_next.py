@@ -3,21 +3,10 @@
 Norms are zero-centred on both sides, but for the one inside the DeltaNet, which only Megatron stores less one.
 """
 
-from transcoder.recipe import Recipe, moved, moved_state, rule
+from transcoder.recipe import Recipe, moved, moved_state
 from transcoder.recipes import blocks, delta_net, experts, mtp
-from transcoder.recipes.blocks import D, H
 
-GATED = (
-    blocks.ATTENTION[0],
-    rule(
-        f"{D}self_attention.linear_qkv.weight (g [(q d) (q dz) k v])/tp h",
-        f"{H}self_attn.q_proj.weight (g q [d dz]) h",
-        f"{H}self_attn.k_proj.weight (g k) h",
-        f"{H}self_attn.v_proj.weight (g v) h",
-    ),
-    *blocks.ATTENTION[2:],
-    *blocks.QK_NORM,
-)
+GATED = (*blocks.GATED_ATTENTION, *blocks.QK_NORM)
 SHARED = (*experts.shared_expert("mlp.shared_expert"), experts.shared_gate())
 SPARSE = (*experts.EXPERT_NORM, experts.router(), *experts.per_expert(), *experts.fused(), *SHARED)
 STATE = experts.EXPERT_STATE + experts.SHARED_STATE

@@ -1,97 +1,18 @@
-"""Qwen3-VL: Qwen3 under a prefix, and a vision tower that is a Megatron model with layers of its own.
+"""Qwen3-VL: Qwen3 under a prefix, and a vision tower that is a Megatron model with layers of its own."""
 
-`t` counts the tower's layers and `s` its extra mergers; both are leading dimensions where the decoder's layers are.
-"""
-
-from transcoder.recipe import Recipe, moved, moved_state, rule
+from transcoder.recipe import Recipe, moved, moved_state
 from transcoder.recipes import blocks
+from transcoder.recipes import qwen3_tower as tower
 
 TEXT = blocks.EMBED + blocks.ATTENTION + blocks.QK_NORM + blocks.GATED_MLP + blocks.FINAL
-V, B = "vision_model.decoder.layers.{t}.", "model.visual.blocks.{t}."
-S = "deepstack_merger_list.{s}."
-LINEAR = (("weight", " vh"), ("bias", ""))
-
-TOWER = (
-    rule("vision_model.patch_embed.proj.weight vh vc vt vp vq", "model.visual.patch_embed.proj.weight vh vc vt vp vq"),
-    rule("vision_model.patch_embed.proj.bias vh", "model.visual.patch_embed.proj.bias vh"),
-    rule("vision_model.pos_embed.weight vn vh", "model.visual.pos_embed.weight vn vh"),
-    *(rule(f"{V}self_attention.linear_qkv.layer_norm_{part} vh", f"{B}norm1.{part} vh") for part, _ in LINEAR),
-    *(
-        rule(
-            f"{V}self_attention.linear_qkv.{part} (va [vdq vdk vdv])/tp{width}",
-            f"{B}attn.qkv.{part} [(va vdq) (va vdk) (va vdv)]{width}",
-        )
-        for part, width in LINEAR
-    ),
-    rule(f"{V}self_attention.linear_proj.weight vh (va vdq)/tp", f"{B}attn.proj.weight vh (va vdq)"),
-    rule(f"{V}self_attention.linear_proj.bias vh", f"{B}attn.proj.bias vh"),
-    *(rule(f"{V}mlp.linear_fc1.layer_norm_{part} vh", f"{B}norm2.{part} vh") for part, _ in LINEAR),
-    *(rule(f"{V}mlp.linear_fc1.{part} vf/tp{width}", f"{B}mlp.linear_fc1.{part} vf{width}") for part, width in LINEAR),
-    rule(f"{V}mlp.linear_fc2.weight vh vf/tp", f"{B}mlp.linear_fc2.weight vh vf"),
-    rule(f"{V}mlp.linear_fc2.bias vh", f"{B}mlp.linear_fc2.bias vh"),
-    *(
-        each
-        for mcore, hf, normed in (("merger.", "merger.", "vh"), (f"decoder.{S}", S, "vi"))
-        for each in (
-            *(
-                rule(f"vision_model.{mcore}patch_norm.{part} {normed}", f"model.visual.{hf}norm.{part} {normed}")
-                for part, _ in LINEAR
-            ),
-            rule(f"vision_model.{mcore}linear_fc1.weight vm/tp vi", f"model.visual.{hf}linear_fc1.weight vm vi"),
-            rule(f"vision_model.{mcore}linear_fc1.bias vm/tp", f"model.visual.{hf}linear_fc1.bias vm"),
-            rule(f"vision_model.{mcore}linear_fc2.weight vo vm/tp", f"model.visual.{hf}linear_fc2.weight vo vm"),
-            rule(f"vision_model.{mcore}linear_fc2.bias vo", f"model.visual.{hf}linear_fc2.bias vo"),
-        )
-    ),
-)
-_INDEXES = "(vision_deepstack_visual_indexes or (8, 16, 24))"
-TOWER_AXES = {
-    "t": "vision_depth or 27",
-    "s": f"1 if {_INDEXES}[1] is None else 2 if {_INDEXES}[2] is None else 3 if {_INDEXES}[3] is None else"
-    f" 4 if {_INDEXES}[4] is None else None",
-    "vh": "vision_hidden_size or 1152",
-    "va": "vision_num_heads or 16",
-    "vdq": "vh // va if vh % va == 0 else None",
-    "vdk": "vdq",
-    "vdv": "vdq",
-    "vf": "vision_intermediate_size or 4304",
-    "vn": "vision_num_position_embeddings or 2304",
-    "vc": "vision_in_channels or 3",
-    "vt": "vision_temporal_patch_size or 2",
-    "vp": "vision_patch_size or 16",
-    "vq": "vp",
-    "vi": "vh * (vision_spatial_merge_size or 2) * (vision_spatial_merge_size or 2)",
-    "vm": "vi",
-    "vo": "vision_out_hidden_size or 3584",
-}
-TOWER_STATE = (
-    *((f"{V}{name}", "") for name in ("self_attention.linear_qkv", "self_attention.linear_proj")),
-    *((f"{V}mlp.linear_{name}", "") for name in ("fc1", "fc2")),
-    *(
-        (f"vision_model.{place}{name}", "")
-        for place in ("merger.", f"decoder.{S}")
-        for name in ("patch_norm", "linear_fc1", "linear_fc2")
-    ),
-)
-VL_MODEL = blocks.NO_BIAS | {
-    "qk_layernorm": "True",
-    "position_embedding_type": "'mrope'",
-    "mrope_section": "mrope_section or (24, 20, 20)",
-    "rotary_base": "rope_theta or 500000.0",
-    "seq_length": "max_position_embeddings or 128000",
-}
-VL_CHECKS = {
-    "hidden_act is not None and hidden_act != 'silu'": "hidden_act is not silu",
-    "vision_config is not None": "the vision tower's configuration is not carried over",
-    "rope_type not in (None, 'default', 'mrope')": "rope_scaling is not carried over",
-}
+INSIDE, HF = ("", "language_model."), ("model.", "model.language_model.")
 
 RECIPE = Recipe(
     name="qwen3_vl",
     hf={"Qwen3VLForConditionalGeneration": "qwen3_vl"},
-    axes=blocks.AXES | TOWER_AXES | {"d": "head_dim or 128"},
-    rules=moved(TEXT, mcore=("", "language_model."), hf=("model.", "model.language_model.")) + TOWER,
-    extra_state=moved_state(blocks.EXTRA_STATE + blocks.QK_NORM_STATE, mcore=("", "language_model.")) + TOWER_STATE,
-    model=blocks.DENSE | VL_MODEL,
-    checks=VL_CHECKS,
+    axes=blocks.AXES | tower.AXES | {"d": "head_dim or 128"},
+    rules=moved(TEXT, mcore=INSIDE, hf=HF) + tower.RULES,
+    extra_state=moved_state(blocks.EXTRA_STATE + blocks.QK_NORM_STATE, mcore=INSIDE) + tower.STATE,
+    model=blocks.DENSE | tower.MODEL,
+    checks=tower.CHECKS,
 )
