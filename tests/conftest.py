@@ -1,4 +1,4 @@
-"""Fixtures that several modules share, each module with its own copy of what they make; the record of what is proved."""
+"""Fixtures that several modules share, each module with a copy of its own; the record of what is proved."""
 
 from __future__ import annotations
 

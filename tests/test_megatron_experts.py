@@ -155,7 +155,11 @@ def test_the_mixtures_are_awkward(workshop: Workshop, kind: str) -> None:
 
 
 @pytest.mark.parametrize("world", (1, 2))
-def test_megatron_core_loads_every_mixture_bit_for_bit(short: Callable[[int], list[Case]], world: int) -> None:
+def test_megatron_core_loads_every_mixture_bit_for_bit(
+    short: Callable[[int], list[Case]], world: int, workshop: Workshop, proves: Callable[..., None]
+) -> None:
+    for claim in ("mcore", "logits"):
+        proves(claim, *(read_config(workshop.model(kind))["architectures"][0] for kind in ALL_EXPERT_KINDS))
     assert_loaded(only(short(world), "load"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "megatron"))
 import torch
 from harness import launch
 from matrix import ALL_KINDS, GRIDS, SMALL_BAND, SPECS, Grid, Workshop, grids_of, other_grids, small_bands
+from models import read_config
 from oracle import read_tensors
 
 Choice = tuple[str, Grid, Grid, str]  # kind, grid written, grid loaded, layer spec
@@ -80,7 +81,11 @@ def test_the_models_are_awkward(workshop: Workshop, kind: str) -> None:
 
 
 @pytest.mark.parametrize("world", SHORT_WORLDS)
-def test_megatron_core_loads_every_family_bit_for_bit(workshop: Workshop, tmp_path: Path, world: int) -> None:
+def test_megatron_core_loads_every_family_bit_for_bit(
+    workshop: Workshop, tmp_path: Path, world: int, proves: Callable[..., None]
+) -> None:
+    for claim in ("mcore", "logits"):
+        proves(claim, *(read_config(workshop.model(kind))["architectures"][0] for kind in ALL_KINDS))
     cases = [workshop.load_case(*choice) for choice in by_grid(short_choices(world))]
     loaded = grids_of(world)[0]
     cases += [workshop.load_case("llama", (2, 2), loaded, spec, dtype="bfloat16") for spec in SPECS]

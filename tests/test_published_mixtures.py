@@ -62,7 +62,7 @@ PUBLISHED: dict[str, tuple[int, int, dict[str, Any]]] = {
 def planned(config: dict[str, Any]) -> Model:
     """Our side, in the released files' spelling."""
     recipe = recipe_for(architecture_of(config))
-    values = normalise(config) | {"norm": "te", "experts": "per-expert", "prefix": "old"}
+    values = normalise(config) | {"norm": "te", "experts": "per-expert", "prefix": "old", "tower": "a"}
     return build_model(recipe, values, axis_sizes(recipe, values, 100_000) | {"pad": 0})
 
 

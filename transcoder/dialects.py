@@ -24,6 +24,7 @@ DIALECTS = ("stacked", "per-layer", "singleton")
 # Axes that become leading dimensions: layers (of the decoder, of a Megatron vision tower, its side branches), experts.
 _MOVED = {"stacked": ("l", "t", "s", "e"), "per-layer": ("e",), "singleton": ()}
 _DECODER = r"(?:language_model\.)?decoder\.layers\."
+_SINGLE = re.compile(r"_[wv]$|\.experts\.experts\.\d+\.")
 _PARTS = ("_w", "_v")  # names of the two parts of a gated projection, gate first
 
 
@@ -74,7 +75,7 @@ def dialect_of(keys: Iterable[str]) -> str:
         raise refuse("dialect", f"the key dialect is not recognisable: {found}")
     if stacked:
         return "stacked"
-    return "singleton" if any(key.endswith(("_w", "_v")) for key in numbered) else "per-layer"
+    return "singleton" if any(_SINGLE.search(key) for key in numbered) else "per-layer"
 
 
 def extra_state_keys(module: str, dialect: str, layers: Sequence[int], sizes: Mapping[str, int]) -> Iterator[str]:

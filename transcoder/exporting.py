@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder import manifest
+from transcoder.checks import ignored_names
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
 from transcoder.formats.torch_dist import map_file
 from transcoder.hfconfig import read_config
+from transcoder.kept import kept_shards
 from transcoder.megatron import Megatron
 from transcoder.outgoing import changed, config_changes
 from transcoder.paths import write_file
@@ -97,11 +99,17 @@ def _shard_of(name: str, header: bytes, size: int) -> Shard:
 
 
 def _fits(source: Megatron, weights: Weights, dtype: DType) -> bool:
-    """Whether these weights are exactly the model's in this dtype."""
-    found, wanted = weights.catalog, source.model.hf
-    return found.keys() == wanted.keys() and all(
-        spec.shape == wanted[name].shape and wanted[name].family.accepts(spec.dtype, dtype)
-        for name, spec in found.items()
+    """Whether these weights are exactly the model's in this dtype, and those that were kept beside it."""
+    wanted, unneeded = source.model.hf, ignored_names(source.model, weights.catalog)
+    found = {name: spec for name, spec in weights.catalog.items() if name not in unneeded}
+    kept = {spec.name for shard in kept_shards(source)[1] for spec in shard.tensors} if unneeded else set()
+    return (
+        unneeded <= kept
+        and found.keys() == wanted.keys()
+        and all(
+            spec.shape == wanted[name].shape and wanted[name].family.accepts(spec.dtype, dtype)
+            for name, spec in found.items()
+        )
     )
 
 
@@ -171,7 +179,7 @@ def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, tally:
 def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally: Tally) -> list[str]:
     """Move every payload byte into the shards; check checksums, digests and filler on the way. Returns warnings."""
     from transcoder.engine import CheckedChunks, run_groups
-    from transcoder.kept import Kept, encode_weight
+    from transcoder.kept import Kept, copy_kept, encode_weight
 
     source = plan.source
     views = {name: map_file(source.path / name) for name in source.files}
@@ -180,7 +188,9 @@ def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally:
         groups: dict[str, list[Callable[[], None]]] = {shard.name: [] for shard in plan.shards}
         for name, spec in sorted(plan.weights.catalog.items(), key=lambda item: item[1].chunks[0].offset):
             job = partial(encode_weight, plan, name, files, chunks, kept, warnings)
-            if name not in plan.weights.codecs:
+            if name not in source.model.hf:
+                job = partial(copy_kept, spec, files, kept)
+            elif name not in plan.weights.codecs:
                 job = partial(_move, plan, spec, files[spec.chunks[0].file], chunks, kept, sync)
             groups[spec.chunks[0].file].append(partial(job, tally))
         run_groups(groups.values(), workers)
@@ -214,7 +224,7 @@ def _move(
 
     source, place = plan.source, spec.chunks[0]
     tensor = source.model.hf[spec.name]
-    stored = tensor.family.dtype(source.dtype)
+    stored = source.stored(tensor)
     tree, fetch = TreeDigest(tensor.shape, stored), chunks.reader(tensor)
     for start, stop in bands(tensor.shape, stored):
         offset = place.offset + start * spec.dtype.size
@@ -252,8 +262,8 @@ def check_filler(source: Megatron, fetch: Fetch) -> list[str]:
 
     padded: set[str] = set()
     problems = []
-    for family, filler in source.model.fillers():
-        if holds_values(source.atlas, filler, family.dtype(source.dtype), fetch):
+    for _, filler in source.model.fillers():
+        if holds_values(source.atlas, filler, source.store.tensors[filler.key][0], fetch):
             if filler.cell.filler.startswith("zero"):
                 expected = "zeros: the Hugging Face model has no such tensor"
                 problems.append(Problem(tensor=filler.key, rule=filler.rule, expected=expected, found="other values"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product as combinations
 from pathlib import Path
@@ -55,7 +55,7 @@ class ImportPlan:
     placement: Placement
     atlas: Atlas
     iteration: int | str
-    ignored: tuple[str, ...]  # tensors of the source that nothing needs
+    ignored: tuple[str, ...]  # tensors of the source that only an export needs
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -109,9 +109,20 @@ def plan_import(
         *([f"{len(dropped)} tensors of multi-token prediction are dropped"] if dropped else []),
     )
     padded = model.sizes["vocab"] + model.sizes["pad"]
-    left = tuple(sorted(ignored | dropped))
-    plan = ImportPlan(source, architecture, model, mesh, stored, target, padded, placement, atlas, iteration, left)
-    return replace(plan, warnings=notes)
+    return ImportPlan(
+        source,
+        architecture,
+        model,
+        mesh,
+        stored,
+        target,
+        padded,
+        placement,
+        atlas,
+        iteration,
+        tuple(sorted(ignored)),
+        notes,
+    )
 
 
 def _model(
@@ -176,7 +187,7 @@ def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally:
     try:
         writer.prepare()
         digests = stream_import(plan, writer.write, workers, tally)
-        write_kept(plan.source, plan.model, folder / KEPT, sync)
+        write_kept(plan, folder / KEPT, sync)
         crcs = writer.finish(sync)
     finally:
         writer.close()
@@ -198,7 +209,7 @@ def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> d
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
     groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
     for tensor in sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name]):
-        groups[plan.placement.sets[mcore_key(tensor)]].append(partial(move, tensor))
+        groups[plan.placement.sets[tensor.key]].append(partial(move, tensor))
     for family, filler in plan.model.fillers():
         job = partial(fill, plan.atlas, filler, family.dtype(plan.dtype), sink)
         groups[plan.placement.sets[filler.key]].append(job)
@@ -225,8 +236,8 @@ def _move(plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, ta
 
 def check_aliases(model: Model, digests: Mapping[str, str]) -> None:
     """Refuse copies of a tensor that are not equal to it. Raises InputError naming each."""
-    originals = {mcore_key(tensor): tensor.name for tensor in model.hf.values() if not tensor.family.rule.alias}
-    pairs = [(name, originals[mcore_key(t)], t.family.rule) for name, t in model.hf.items() if t.family.rule.alias]
+    originals = {tensor.key: tensor.name for tensor in model.hf.values() if not tensor.family.rule.alias}
+    pairs = [(name, originals[t.key], t.family.rule) for name, t in model.hf.items() if t.family.rule.alias]
     problems = [
         Problem(tensor=name, rule=rule.label, expected=f"the same values as {original}", found="other values")
         for name, original, rule in pairs
@@ -235,12 +246,6 @@ def check_aliases(model: Model, digests: Mapping[str, str]) -> None:
     if problems:
         hint = "Megatron has one tensor for both"
         raise refuse("alias", f"{len(problems)} tensors differ from those that they repeat: {hint}", problems)
-
-
-def mcore_key(tensor: HfTensor) -> str:
-    """The stored key that (the first part of) a Hugging Face tensor goes to."""
-    pair = tensor.family.pairs[tensor.part][0]
-    return tensor.family.mcore[pair.part].named({**tensor.index, **pair.fixed})
 
 
 def is_tokenizer_file(name: str) -> bool:

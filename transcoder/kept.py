@@ -1,8 +1,8 @@
 """What a conversion to Megatron loses and an export needs: kept beside the checkpoint, used again where it still fits.
 
 These are the scales of a quantised original, with which a weight that was decoded to bfloat16 rounds back to exactly
-the number it came from (blocks that training changed get fresh scales), and tensors whose values Megatron stores
-shifted by a constant, which rounds.
+the number it came from (blocks that training changed get fresh scales), tensors whose values Megatron stores shifted
+by a constant, which rounds, and tensors that a model does not need but the original's files hold.
 """
 
 from __future__ import annotations
@@ -12,28 +12,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transcoder.formats.safetensors import emit_header, read_shard
+from transcoder.formats.safetensors import Shard, emit_header, read_shard
 from transcoder.formats.torch_dist import map_file
-from transcoder.planner import HfTensor, Model
+from transcoder.planner import HfTensor
 from transcoder.spec import DType, TensorSpec
 
 if TYPE_CHECKING:
     from transcoder.engine import Array, CheckedChunks
     from transcoder.exporting import ExportPlan
-    from transcoder.formats.huggingface import HfDirectory
+    from transcoder.importing import ImportPlan
     from transcoder.megatron import Megatron
     from transcoder.progress import Tally
 
 NAME = "hf-kept.safetensors"  # in the iteration's folder
 
 
-def write_kept(source: HfDirectory, model: Model, path: Path, sync: bool) -> None:
+def write_kept(plan: ImportPlan, path: Path, sync: bool) -> None:
     """Copy what an export needs into one safetensors file, if there is any."""
     from transcoder.engine import Payloads
 
+    source = plan.source
     payloads = Payloads(source)
     parts = [part for codec in source.weights.codecs.values() for part in codec.parts[1:]]
-    parts += [source.catalog[name] for name, tensor in model.hf.items() if tensor.family.rule.plus]
+    parts += [source.catalog[name] for name, tensor in plan.model.hf.items() if tensor.family.rule.plus]
+    parts += [source.catalog[name] for name in plan.ignored]
     if not parts:
         return
     with path.open("xb") as file:
@@ -45,6 +47,14 @@ def write_kept(source: HfDirectory, model: Model, path: Path, sync: bool) -> Non
             os.fsync(file.fileno())
 
 
+def kept_shards(source: Megatron) -> tuple[Path, tuple[Shard, ...]]:
+    """The files that hold what was kept, and their folder: the original's, if the user gave it."""
+    if source.original is not None:
+        return source.original.path, source.original.shards
+    path = source.path / NAME
+    return source.path, (read_shard(path),) if path.is_file() else ()
+
+
 class Kept:
     """Parts of the original: of the directory that was given, else those beside the checkpoint, else none."""
 
@@ -52,9 +62,7 @@ class Kept:
         from transcoder.engine import converted, elements
 
         self._elements, self._converted = elements, converted
-        folder, shards = source.path, [read_shard(source.path / NAME)] if (source.path / NAME).is_file() else []
-        if source.original is not None:
-            folder, shards = source.original.path, list(source.original.shards)
+        folder, shards = kept_shards(source)
         self._views = {shard.name: map_file(folder / shard.name) for shard in shards}
         self._specs = {spec.name: spec for shard in shards for spec in shard.tensors}
 
@@ -75,6 +83,12 @@ class Kept:
         return None if known is None else self._converted(known, spec.dtype, dtype)
 
 
+def copy_kept(spec: TensorSpec, files: Mapping[str, int], kept: Kept, tally: Tally) -> None:
+    """Write a tensor that no rule knows as the original has it."""
+    data = kept.read(spec, 0, spec.nbytes // spec.dtype.size)
+    tally.moved(_write(files, spec, 0, data))
+
+
 def encode_weight(
     plan: ExportPlan,
     name: str,
@@ -90,7 +104,7 @@ def encode_weight(
 
     source, codec, spec = plan.source, plan.weights.codecs[name], plan.weights.catalog[name]
     tensor, width = source.model.hf[name], spec.shape[-1]
-    stored = tensor.family.dtype(source.dtype)
+    stored = source.stored(tensor)
     tree, fetch, fresh = TreeDigest(tensor.shape, stored), chunks.reader(tensor), 0
     for start, stop in codec.row_bands(BAND):
         band = gather(source.atlas, tensor, start * width, stop * width, stored, fetch)

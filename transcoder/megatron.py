@@ -16,7 +16,7 @@ from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
 from transcoder.iterations import find_iteration
-from transcoder.planner import Model, build_model
+from transcoder.planner import HfTensor, Model, build_model
 from transcoder.recipes import recipe_for
 from transcoder.sizing import axis_sizes, given_sizes
 from transcoder.spec import DType
@@ -37,6 +37,10 @@ class Megatron:
     original: HfDirectory | None  # the directory that the user gave, if it holds weights
     originally: dict[str, str]  # which variants the original was, as far as its tensors' names are known
     manifest: dict[str, Any] | None
+
+    def stored(self, tensor: HfTensor) -> DType:
+        """The dtype in which the checkpoint holds a Hugging Face tensor."""
+        return self.store.tensors[tensor.key][0]
 
     @property
     def nbytes(self) -> int:
@@ -129,14 +133,14 @@ def _reference(folder: Path, hf_model: Path | None) -> Path:
 
 
 def _one_dtype(model: Model, store: TorchDist) -> DType:
-    """The dtype of all weights, but for those whose rule has one of its own. Raises InputError listing odd ones."""
+    """The dtype of all weights, but for those whose rule has another one, too. Raises InputError listing odd ones."""
     stored = {key: dtype for key, (dtype, _, _) in store.tensors.items()}
     common = [stored[key] for key, tensor in model.mcore.items() if not tensor.family.rule.dtype]
     usual = max(set(common), key=common.count)
     odd = [
-        Problem(tensor=key, rule=tensor.family.rule.label, expected=expected.name, found=stored[key].name)
-        for key, tensor in model.mcore.items()
-        if stored[key] != (expected := tensor.family.dtype(usual))
+        Problem(tensor=key, rule=t.family.rule.label, expected=t.family.dtype(usual).name, found=stored[key].name)
+        for key, t in model.mcore.items()
+        if not t.family.accepts(stored[key], usual)
     ]
     if odd:
         raise refuse("dtype", "tensors have other dtypes than they should", odd)

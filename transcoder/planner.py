@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from transcoder.dialects import extra_state_keys, spellings
-from transcoder.errors import TranscoderError, UsageError
+from transcoder.errors import Problem, TranscoderError, UsageError, refuse
 from transcoder.layout import FILLER, Cell
 from transcoder.recipe import Recipe, Rule, Side, evaluate
 from transcoder.sizing import active_rules, guarded, layer_lists
@@ -87,7 +87,7 @@ class Family:
         return DTYPES[self.rule.dtype] if self.rule.dtype else usual
 
     def accepts(self, found: DType, usual: DType) -> bool:
-        """Whether Hugging Face files of a model of dtype `usual` can hold the rule's tensors as `found`."""
+        """Whether files of a model of dtype `usual` can hold the rule's tensors as `found`, on either side."""
         return found in (usual, self.dtype(usual))
 
 
@@ -100,6 +100,12 @@ class HfTensor:
     family: Family
     part: int
     index: Mapping[str, int]
+
+    @property
+    def key(self) -> str:
+        """The stored Megatron tensor that it is part of; the first, where it is part of several."""
+        pair = self.family.pairs[self.part][0]
+        return self.family.mcore[pair.part].named({**self.index, **pair.fixed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +203,11 @@ def build_model(recipe: Recipe, values: Mapping[str, Any], sizes: Mapping[str, i
     """
     active = [(rule, layers) for rule, layers in active_rules(recipe, values, sizes) if layers]
     numbered = [layers for rule, layers in active if any("l" in side.name_axes for side in rule.mcore)]
+    if empty := set(range(sizes["l"])) - {layer for layers in numbered for layer in layers}:
+        problem = Problem(
+            file="config.json", found=f"{recipe.axes['l']} = {sizes['l']}", message=f"layers {sorted(empty)[:8]}"
+        )
+        raise refuse("config", "the config says nothing of what some layers are", [problem])
     alike = all(len(layers) == sizes["l"] for layers in numbered)
     if dialect == "stacked" and not alike:
         raise UsageError("stacked keys need layers that are all alike; per-layer keys fit this model", kind="layout")

@@ -111,14 +111,28 @@ def rule(mcore: str | tuple[str, ...], *hf: str, **marks: Any) -> Rule:
     return Rule(tuple(side(text) for text in stored), tuple(side(text) for text in hf), **marks)
 
 
-def pattern(name: str) -> re.Pattern[str]:
-    """What matches the names that a name with axes spells.
+def pattern(name: str, sizes: Mapping[str, int] | None = None) -> re.Pattern[str]:
+    """What matches the names that a name with axes spells; `*` at the end stands for any rest.
+
+    sizes: of axes, for names that count on from one.
 
     >>> bool(pattern("model.layers.{l}.a.weight").fullmatch("model.layers.12.a.weight"))
     True
+    >>> bool(pattern("model.layers.{m+l}.*", {"m": 1, "l": 61}).fullmatch("model.layers.60.a.weight"))
+    False
     """
-    parts = _NAME_AXIS.split(name)[::3]
-    return re.compile(r"\d+".join(map(re.escape, parts)))
+    stem = name.removesuffix("*")
+    parts = _NAME_AXIS.split(stem)
+    texts = [re.escape(parts[0])]
+    for axis, start, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        texts += [_numbers(axis, start, sizes or {}), re.escape(text)]
+    return re.compile("".join(texts) + (".*" if name != stem else ""))
+
+
+def _numbers(axis: str, start: str | None, sizes: Mapping[str, int]) -> str:
+    if start is None or start not in sizes:
+        return r"\d+"
+    return "(?:" + "|".join(str(sizes[start] + i) for i in range(min(sizes[axis], 1000))) + ")"
 
 
 def moved(

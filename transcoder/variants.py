@@ -67,7 +67,7 @@ def _choice(name: str, choices: Mapping[str, str], tensors: Shapes, sizes: Sizes
 def _first(text: str, tensors: Shapes, sizes: Sizes) -> str:
     """The first tensor that is such evidence, or an empty string."""
     name, _, layout = text.partition(" ")
-    fits = pattern(name).fullmatch
+    fits = pattern(name, sizes).fullmatch
     found = next((key for key in tensors if fits(key)), "")
     if not found or not layout:
         return found

@@ -47,7 +47,7 @@ def megatron_view(source: Megatron) -> View:
     """A Megatron checkpoint, gathered through its plan; checksums are compared on the way."""
     files = {name: map_file(source.path / name) for name in source.files}
     chunks, kept = CheckedChunks(files.__getitem__), Kept(source)
-    tensors = {name: (tensor.family.dtype(source.dtype), tensor.shape) for name, tensor in source.model.hf.items()}
+    tensors = {name: (source.stored(tensor), tensor.shape) for name, tensor in source.model.hf.items()}
 
     def read(name: str, start: int, stop: int) -> Array:
         tensor, dtype = source.model.hf[name], tensors[name][0]

@@ -100,12 +100,13 @@ def dumps(value: object, protocol: int = 2) -> bytes:
 class _Writer:
     """Collects the bytes of a pickle; `memo` holds the opcodes that fetch a value written before."""
 
-    __slots__ = ("count", "memo", "out", "protocol")
+    __slots__ = ("count", "memo", "names", "out", "protocol")
 
     def __init__(self, protocol: int) -> None:
         self.protocol, self.count = protocol, 0
         self.out = bytearray()
         self.memo: dict[object, bytes] = {}
+        self.names: dict[int, tuple[bytes, Global]] = {}
 
     def save(self, value: object) -> None:
         """Write any value."""
@@ -187,7 +188,11 @@ def _save_bytes(w: _Writer, value: bytes) -> None:
 
 
 def _save_global(w: _Writer, value: Global) -> None:
+    if known := w.names.get(id(value)):
+        w.out.extend(known[0])
+        return
     if value in w.memo:
+        w.names[id(value)] = w.memo[value], value  # the value with it, so that its id stays its own
         w.out.extend(w.memo[value])
         return
     if w.protocol >= 4:

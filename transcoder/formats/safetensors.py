@@ -11,13 +11,14 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from transcoder.errors import Problem, refuse
 from transcoder.hfconfig import parse_json, read_json
-from transcoder.spec import BY_SAFETENSORS, Chunk, DType, TensorSpec
+from transcoder.spec import BY_SAFETENSORS, Box, Chunk, DType, TensorSpec
 
 HEADER_LIMIT = 100_000_000  # bytes
 INDEX_LIMIT = 256 << 20  # bytes
@@ -133,8 +134,14 @@ def _spec(file: str, name: str, entry: Any, base: int) -> TensorSpec:
     nbytes = offsets[1] - offsets[0]
     if prod(shape) * dtype.size != nbytes:
         raise ValueError(f"{name!r}: {shape} of {dtype.name} needs {prod(shape) * dtype.size} bytes, found {nbytes}")
-    box = tuple((0, extent) for extent in shape)
-    return TensorSpec(name, dtype, tuple(shape), (Chunk(box, file, base + offsets[0], nbytes),))
+    whole, box = _whole(tuple(shape))
+    return TensorSpec(name, dtype, whole, (Chunk(box, file, base + offsets[0], nbytes),))
+
+
+@lru_cache(maxsize=4096)
+def _whole(shape: tuple[int, ...]) -> tuple[tuple[int, ...], Box]:
+    """A shape and its box, one object for all tensors that have it."""
+    return shape, tuple((0, extent) for extent in shape)
 
 
 def _sizes(values: Any) -> bool:

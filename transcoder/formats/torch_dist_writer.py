@@ -193,19 +193,30 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     return call
 
 
+# One object per name: the pickler finds it by identity.
+METADATA = Global(f"{DCP}.metadata", "Metadata")
+BYTES_OBJECT = Global(f"{DCP}.metadata", "BytesStorageMetadata")
+PROPERTIES = Global(f"{DCP}.metadata", "TensorProperties")
+CHUNK = Global(f"{DCP}.metadata", "ChunkStorageMetadata")
+TENSOR = Global(f"{DCP}.metadata", "TensorStorageMetadata")
+INDEX = Global(f"{DCP}.metadata", "MetadataIndex")
+INFO = Global(f"{DCP}.filesystem", "_StorageInfo")
+SIZE = Global("torch", "Size")
+
+
 def metadata(placement: Placement) -> bytes:
     """The bytes of `.metadata`: torch's Metadata with the two attributes that loaders need."""
     objects, stored = len(placement.objects), placement.catalog.values()
     tensors = Made(objects + len(stored), lambda: _tensors(placement))
     storage = Made(objects + sum(len(spec.chunks) for spec in stored), lambda: _storage(placement))
-    return dumps(Record(Global(f"{DCP}.metadata", "Metadata"), (tensors, None, storage)))
+    return dumps(Record(METADATA, (tensors, None, storage)))
 
 
 def _tensors(placement: Placement) -> Iterator[tuple[object, object]]:
     for key, spec in placement.catalog.items():
         yield key, _tensor_metadata(spec)
     for key in placement.objects:
-        yield key, Record(Global(f"{DCP}.metadata", "BytesStorageMetadata"), ())
+        yield key, Record(BYTES_OBJECT, ())
 
 
 def _storage(placement: Placement) -> Iterator[tuple[object, object]]:
@@ -217,22 +228,20 @@ def _storage(placement: Placement) -> Iterator[tuple[object, object]]:
 
 
 def _tensor_metadata(spec: TensorSpec) -> Record:
-    properties = Record(Global(f"{DCP}.metadata", "TensorProperties"), (Global("torch", spec.dtype.name),))
-    chunk_class = Global(f"{DCP}.metadata", "ChunkStorageMetadata")
+    properties = Record(PROPERTIES, (Global("torch", spec.dtype.name),))
     chunks = [
-        Record(chunk_class, (_size(start for start, _ in chunk.box), _size(box_shape(chunk.box))))
-        for chunk in spec.chunks
+        Record(CHUNK, (_size(start for start, _ in chunk.box), _size(box_shape(chunk.box)))) for chunk in spec.chunks
     ]
-    return Record(Global(f"{DCP}.metadata", "TensorStorageMetadata"), (properties, _size(spec.shape), chunks))
+    return Record(TENSOR, (properties, _size(spec.shape), chunks))
 
 
 def _size(values: Iterable[int]) -> Record:
-    return Record(Global("torch", "Size"), (tuple(values),))
+    return Record(SIZE, (tuple(values),))
 
 
 def _index(key: str, offset: tuple[int, ...] | None) -> Record:
-    return Record(Global(f"{DCP}.metadata", "MetadataIndex"), (key, None if offset is None else _size(offset)))
+    return Record(INDEX, (key, None if offset is None else _size(offset)))
 
 
 def _info(file: str, offset: int, length: int) -> Record:
-    return Record(Global(f"{DCP}.filesystem", "_StorageInfo"), (file, offset, length))
+    return Record(INFO, (file, offset, length))

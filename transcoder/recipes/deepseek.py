@@ -26,7 +26,7 @@ RECIPE = Recipe(
     model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.SIGMOID | latent.MODEL | mtp.MODEL,
     checks=experts.SIGMOID_CHECKS | latent.CHECKS,
     ignore=("model.layers.{l}.self_attn.rotary_emb.inv_freq",),
-    hf_variants=experts.expert_variants() | mtp.shown_by("model.layers.{m+l}.eh_proj.weight"),
+    hf_variants=experts.expert_variants() | mtp.shown_by("model.layers.{m+l}.*"),
     mcore_variants=experts.TE_NORMS | mtp.KEYS,
     outgoing=mtp.OUTGOING,
 )

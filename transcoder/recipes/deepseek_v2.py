@@ -18,8 +18,8 @@ RECIPE = Recipe(
     extra_state=latent.ATTENTION_STATE
     + moved_state(blocks.MLP_STATE, "not sparse")
     + moved_state(experts.EXPERT_STATE + experts.SHARED_STATE, "sparse"),
-    model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.GROUPED | latent.MODEL,
-    checks=experts.EXPERT_CHECKS | latent.CHECKS,
+    model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.GROUPED | latent.MODEL | experts.SOFTMAX_OF_ALL,
+    checks=experts.GROUP_CHECKS | latent.CHECKS,
     ignore=("model.layers.{l}.self_attn.rotary_emb.inv_freq",),
     hf_variants=experts.expert_variants(),
     mcore_variants=experts.TE_NORMS,

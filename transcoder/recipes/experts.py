@@ -145,13 +145,19 @@ ROUTED_AXES = {
     "sup": "sf",
 }
 TE_NORMS = {"norm": {"te": f"{D}pre_mlp_layernorm.weight"}}
-_GROUPS = "n_group is not None and n_group != 1"
+_GROUPS = "n_group is not None and n_group != 1 and topk_method not in ('greedy',)"
+GROUP_CHECKS = EXPERT_CHECKS | {
+    "topk_method == 'group_limited_greedy' and topk_group and num_experts_per_tok // topk_group != 1": "megatron-core"
+    " ranks a group by the sum of several of its experts, DeepSeek V2 by the best one",
+    "norm_topk_prob": "DeepSeek V2 never renormalises, whatever norm_topk_prob says",
+}
 GROUPED = {
     "moe_shared_expert_intermediate_size": "sf",
     "moe_router_num_groups": f"n_group if {_GROUPS} else None",
     "moe_router_group_topk": f"topk_group if {_GROUPS} else None",
     "moe_router_topk_scaling_factor": "routed_scaling_factor",
 }
+SOFTMAX_OF_ALL = {"moe_router_pre_softmax": "True"}
 SIGMOID = GROUPED | {
     "moe_router_score_function": "'sigmoid'",
     "moe_router_enable_expert_bias": "True",

@@ -34,7 +34,7 @@ RECIPE = Recipe(
         "rotary_percent": "partial_rotary_factor or rope_partial_rotary_factor or 0.5",
     },
     checks=experts.SIGMOID_CHECKS,
-    hf_variants=experts.expert_variants() | mtp.shown_by("model.layers.{m+l}.eh_proj.weight"),
+    hf_variants=experts.expert_variants() | mtp.shown_by("model.layers.{m+l}.*"),
     mcore_variants=experts.NORM_VARIANTS | mtp.KEYS,
     outgoing=mtp.OUTGOING,
 )

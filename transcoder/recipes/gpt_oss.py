@@ -1,11 +1,9 @@
-"""GPT-OSS: biases everywhere, attention sinks, experts whose gate and up rows alternate.
-
-Experts lie transposed in BF16 files, not in MXFP4 files: told by their names, for the matrices are square.
-"""
+"""GPT-OSS: biases everywhere, sinks, alternating gate and up rows; experts lie transposed in BF16 files alone."""
 
 from transcoder.recipe import Recipe, rule
 from transcoder.recipes import blocks, experts
-from transcoder.recipes.experts import D, H, X
+from transcoder.recipes.blocks import D, H
+from transcoder.recipes.experts import X
 
 FC1, FC2, E = f"{X}linear_fc1.weight [(mf og)/etp (mf ou)/etp] h", f"{X}linear_fc2.weight h mf/etp", f"{H}mlp.experts."
 TRANSPOSED, MXFP4 = "experts == 'transposed'", "experts == 'mxfp4'"
@@ -23,7 +21,7 @@ ATTENTION = (
     *blocks.ATTENTION,
     blocks.qkv_bias(),
     rule(f"{D}self_attention.linear_proj.bias h", f"{H}self_attn.o_proj.bias h"),
-    rule(f"{D}self_attention.core_attention.softmax_offset (g q)/tp", f"{H}self_attn.sinks (g q)"),
+    rule(f"{D}self_attention.core_attention.softmax_offset (g q)/tp", f"{H}self_attn.sinks (g q)", dtype="float32"),
 )
 
 RECIPE = Recipe(

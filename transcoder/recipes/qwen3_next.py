@@ -32,6 +32,6 @@ RECIPE = Recipe(
     + blocks.ATTENTION_STATE[2:],
     model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | experts.SHARED_GATE | delta_net.MODEL | mtp.MODEL,
     checks=experts.EXPERT_CHECKS,
-    hf_variants=experts.expert_variants() | mtp.shown_by("mtp.fc.weight"),
+    hf_variants=experts.expert_variants() | mtp.shown_by("mtp.*"),
     mcore_variants=experts.TE_NORMS | mtp.KEYS,
 )
