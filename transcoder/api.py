@@ -49,10 +49,15 @@ def hf2mcore(
     plan = plan_hf2mcore(src, **options)
     total = sum(spec.nbytes for spec in plan.source.catalog.values())
     with destination(Path(dst), Path(src), overwrite, TRACKERS) as work:
-        run_import(plan, work, workers=hands, sync=sync, tally=Tally(plan.model, total, progress))
+        warnings = run_import(plan, work, workers=hands, sync=sync, tally=Tally(plan.model, total, progress))
         if verify:
             _verify_import(plan, work / plan.folder)
-    return import_report(plan, dst) | costs(started, total, sum(plan.placement.sizes.values()))
+    report = import_report(plan, dst)
+    return (
+        report
+        | {"warnings": [*report["warnings"], *warnings]}
+        | costs(started, total, sum(plan.placement.sizes.values()))
+    )
 
 
 def plan_hf2mcore(

@@ -43,6 +43,7 @@ def is_hf(directory: Path) -> bool:
 
 def _check_hf(directory: Path) -> dict[str, Any]:
     source = open_hf(directory)
+    _ = source.weights  # raises InputError for quantised weights that lack their scales
     parts = sum(shard.size for shard in source.shards)
     return {
         "source": str(directory),

@@ -80,6 +80,11 @@ def weights_of(catalog: Catalog, config: Mapping[str, Any]) -> Weights:
         for name, spec in catalog.items()
         if name not in parts and _partner(name, spec)
     ]
+    problems += [
+        Problem(file=catalog[name].chunks[0].file, tensor=name, expected="either", found=f"also {codec.parts[0].name}")
+        for name, codec in codecs.items()
+        if name in catalog and name not in parts
+    ]
     if problems:
         raise refuse("quantised", f"{len(problems)} tensors of quantised weights lack their partner", problems)
     found = {name: spec for name, spec in catalog.items() if name not in parts}
@@ -87,6 +92,16 @@ def weights_of(catalog: Catalog, config: Mapping[str, Any]) -> Weights:
         name: replace(codec.parts[0], name=name, dtype=usual, shape=codec.shape) for name, codec in codecs.items()
     }
     return Weights(found, codecs)
+
+
+def not_quantised(weights: Weights, config: Mapping[str, Any]) -> list[str]:
+    """A warning when the config speaks of quantised weights and the files hold none."""
+    method = _quantisation(config).get("quant_method")
+    return (
+        [f"config.json has a quantization_config ({method!r:.40}), the files hold no such weights"]
+        if (method is not None and not weights.codecs)
+        else []
+    )
 
 
 def _usual_dtype(config: Mapping[str, Any]) -> DType:
@@ -137,7 +152,9 @@ def _quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
-    sizes = _quantisation(config).get("weight_block_size") or [128, 128]
+    sizes = _quantisation(config).get("weight_block_size", [128, 128])
+    if sizes is None:  # one scale for each tensor
+        return 128, 128
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(n) is int and 0 < n <= 4096 for n in sizes):
         problem = Problem(
             file="config.json", found=f"weight_block_size {sizes!r:.80}", expected="two positive integers"
@@ -146,12 +163,14 @@ def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _int4_group(config: Mapping[str, Any]) -> int:
-    groups = _quantisation(config).get("config_groups") or {}
-    weights = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
-    sizes = {table.get("group_size") for table in weights} or {32}
-    found = sizes.pop()
-    if sizes or type(found) is not int or not 0 < found <= 4096 or any(_unusual(table) for table in weights):
+def _int4_group(config: Mapping[str, Any]) -> Any:
+    groups = _quantisation(config).get("config_groups", {})
+    tables = list(groups.values()) if isinstance(groups, dict) else [None]
+    weights = [table.get("weights") if isinstance(table, dict) else None for table in tables]
+    sizes = [table.get("group_size") if isinstance(table, dict) else None for table in weights] or [32]
+    found = sizes[0]
+    fits = type(found) is int and 0 < found <= 4096 and all(size == found for size in sizes)
+    if not fits or any(_unusual(table) for table in weights if isinstance(table, dict)):
         problem = Problem(
             file="config.json", found=repr(groups)[:200], expected="4-bit symmetric integers, one group size"
         )
@@ -164,9 +183,10 @@ def _unusual(table: Mapping[str, Any]) -> bool:
 
 
 def _fp8(weight: TensorSpec, scale: TensorSpec, block: tuple[int, int]) -> Codec:
-    if single := prod(scale.shape) == 1:
-        block = (max(1, prod(weight.shape[:-1])), weight.shape[-1] if weight.shape else 1)
     expected = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=False))
+    if single := prod(scale.shape) == 1 != prod(expected):
+        block = (max(1, prod(weight.shape[:-1])), weight.shape[-1] if weight.shape else 1)
+        expected = (1, 1)
     fits = len(weight.shape) == 2 and (scale.shape == expected or prod(scale.shape) == prod(expected) == 1)
     if not fits or scale.dtype.name != "float32":
         _misfit(weight, scale, f"float32 {list(expected)}, one number for every {block[0]} × {block[1]} weights")
@@ -182,9 +202,11 @@ def _mxfp4(blocks: TensorSpec, scales: TensorSpec) -> Codec:
 
 
 def _int4(packed: TensorSpec, scale: TensorSpec, shape: TensorSpec, group: int) -> Codec:
-    fits = len(packed.shape) == 2 == len(scale.shape) and packed.dtype.name == "int32" and shape.shape == (2,)
-    if not fits or scale.dtype.name not in FLOATS or shape.dtype.name not in ("int32", "int64"):
-        _misfit(packed, scale, "int32 [n, k/8], a scale for each group, and two integers")
+    fits = len(packed.shape) == 2 == len(scale.shape) and packed.dtype.name == "int32"
+    if shape.shape != (2,) or shape.dtype.name not in ("int32", "int64"):
+        _misfit(packed, shape, "two integers")
+    if not fits or scale.dtype.name not in FLOATS:
+        _misfit(packed, scale, "int32 [n, k/8] and a scale for each group")
     columns = scale.shape[1] * group  # the last group is whole in every published file
     if scale.shape[0] != packed.shape[0] or packed.shape[1] != -(-columns // 8):
         _misfit(packed, scale, f"[{packed.shape[0]}, {packed.shape[1] * 8 // group}], one for {group} weights")
@@ -238,8 +260,11 @@ def _decode_int4(codec: Codec, arrays: tuple[Any, ...], target: str) -> Any:
     from transcoder.kernels import int4
 
     _, scale, shape = codec.parts
-    if tuple(arrays[2].view(f"<i{shape.dtype.size}").tolist()) != codec.shape:
-        _misfit(shape, scale, f"weight_shape {list(codec.shape)}")
+    if (found := arrays[2].view(f"<i{shape.dtype.size}").tolist()) != list(codec.shape):
+        problem = Problem(
+            file=shape.chunks[0].file, tensor=shape.name, expected=str(list(codec.shape)), found=str(found)
+        )
+        raise refuse("quantised", "a weight has another shape than its parts", [problem])
     lines = arrays[0].size // codec.parts[0].shape[1]
     packed, scales = arrays[0].reshape(lines, -1), arrays[1].reshape(lines, -1)
     return int4.decode(packed, scales, scale.dtype.name, codec.shape[1], codec.block[1], target)

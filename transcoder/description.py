@@ -41,12 +41,13 @@ class Plan:
         """The Megatron side: every stored tensor with its chunks."""
         return self.work.placement.catalog if isinstance(self.work, ImportPlan) else self.work.source.store.catalog
 
-    @property
-    def dtypes(self) -> tuple[DType, DType]:
-        """Of the source and of the target."""
+    def dtype_of(self, name: str, side: str) -> DType:
+        """The dtype of a weight at the source or the target, decoded."""
+        tensor = self.model.hf[name]
         if isinstance(self.work, ImportPlan):
-            return self.work.stored, self.work.dtype
-        return self.work.source.dtype, self.work.dtype
+            stored = self.work.source.weights.catalog[name].dtype
+            return stored if side == "source" else tensor.family.dtype(self.work.dtype)
+        return self.work.source.stored(tensor) if side == "source" else self.work.weights.catalog[name].dtype
 
     @property
     def report(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Plan:
 
 def _rule(family: Family, plan: Plan) -> dict[str, Any]:
     count = family.parameters
-    stored, target = plan.dtypes
+    target = plan.work.dtype
     hf = [f"{side.name} {list(side.layout.shape(family.sizes))}" for side in family.rule.hf]
     mcore = [f"{side.name} {list(side.layout.shape(family.sizes))}" for side in family.mcore]
     hf_sides = [(prod(side.layout.shape(family.sizes)), side) for side in family.rule.hf]
@@ -75,8 +76,24 @@ def _rule(family: Family, plan: Plan) -> dict[str, Any]:
         "count": count,
         "bytes": elements * family.dtype(target).size,
         "cuts": [_cuts(plan.catalog, side.named(next(family.instances(side)))) for side in family.mcore],
-        "codec": "copy" if stored == target else f"cast {stored.name} to {target.name}",
+        "codec": _codec(family, plan),
     }
+
+
+def _codec(family: Family, plan: Plan) -> str:
+    """What happens to the values of a rule, besides being moved."""
+    forwards, names = (
+        isinstance(plan.work, ImportPlan),
+        [s.named(i) for s in family.rule.hf for i in family.instances(s)],
+    )
+    weights = plan.work.source.weights if isinstance(plan.work, ImportPlan) else plan.work.weights
+    codecs = sorted({weights.codecs[name].name for name in names if name in weights.codecs})
+    steps = [f"{'decode' if forwards else 'encode'} {name}" for name in codecs]
+    one, two = ({plan.dtype_of(name, side).name for name in names} for side in ("source", "target"))
+    steps += [f"cast {' and '.join(sorted(one))} to {' and '.join(sorted(two))}"] if one != two else []
+    steps += [f"add {family.rule.plus if forwards else -family.rule.plus}"] if family.rule.plus else []
+    steps += ["compare with the tensor that it repeats"] if family.rule.alias and forwards else []
+    return ", ".join(steps) or "copy"
 
 
 def _cuts(catalog: Catalog, key: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,22 +13,22 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transcoder import manifest
 from transcoder.checks import ignored_names
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
 from transcoder.formats.torch_dist import map_file
-from transcoder.hfconfig import read_config
 from transcoder.kept import kept_shards
 from transcoder.megatron import Megatron
-from transcoder.outgoing import changed, config_changes
+from transcoder.outgoing import changed, config_changes, emitted
 from transcoder.paths import write_file
+from transcoder.planner import HfTensor
 from transcoder.progress import Tally
 from transcoder.spec import DTYPES, DType, TensorSpec
 
 if TYPE_CHECKING:
-    from transcoder.engine import CheckedChunks, Fetch
+    from transcoder.chunks import CheckedChunks
+    from transcoder.engine import Fetch
     from transcoder.kept import Kept
 
 
@@ -54,70 +55,55 @@ def plan_export(
     """
     if max_shard < 1:
         raise UsageError("--max-shard-size: give a size of 1 byte or more", kind="size")
-    target = DTYPES[dtype] if dtype else source.dtype
-    config = read_config(source.reference)
-    shards, index, weights = _known(source, config)
+    shards, index, weights = source.origin.shards, source.origin.index, source.origin.weights
     if quantised and not weights.codecs:
         hint = "give --hf-model with the quantised original"
         raise refuse("quantised", f"no quantised original is known: {hint}", [Problem(file=str(source.path))])
-    fits = _fits(source, weights, target)
-    if quantised and not fits:
-        raise refuse("quantised", "the original's tensors are not those of this checkpoint")
+    usual = next((weights.catalog[name].dtype for name in weights.codecs), source.dtype) if quantised else source.dtype
+    target = DTYPES[dtype] if dtype else usual
+    misfits = list(_misfits(source, weights, target))
+    if quantised and misfits:
+        raise refuse("quantised", "the original's weights are not those of this checkpoint", misfits)
     changes: dict[str, Any] = {}
-    if not fits or (weights.codecs and not quantised):
+    if misfits or (weights.codecs and not quantised):
         shards, index = _fresh(source, target, max_shard)
-        weights = weights_of(_catalog(shards), {})
-        changes = config_changes(source, config, target)
-    side_files = tuple(sorted(_files_below(source.reference)))
-    rows = (source.manifest or {}).get("tensors", [])
-    digests = {row["name"]: row["tree"] for row in rows}
-    return ExportPlan(source, shards, index, side_files, target, digests, weights, changes)
+        weights = weights_of({spec.name: spec for shard in shards for spec in shard.tensors}, {})
+        changes = config_changes(source, source.config, target)
+    side_files = tuple(sorted(_files_below(source.reference))) if source.reference else ()
+    return ExportPlan(source, shards, index, side_files, target, dict(_digests(source)), weights, changes)
 
 
-def _catalog(shards: Iterable[Shard]) -> dict[str, TensorSpec]:
-    return {spec.name: spec for shard in shards for spec in shard.tensors}
+def _digests(source: Megatron) -> Iterator[tuple[str, str]]:
+    """Digests of the manifest, but for tensors that are now spelled as another variant than on import."""
+    table = source.manifest or {}
+    other = [name for name, choice in table.get("variants", {}).items() if source.model.values.get(name) != choice]
+    for row in table.get("tensors", []):
+        tensor = source.model.hf.get(row["name"])
+        if tensor is not None and not any(re.search(rf"\b{name}\b", tensor.family.rule.only) for name in other):
+            yield row["name"], row["tree"]
 
 
-def _known(source: Megatron, config: Mapping[str, Any]) -> tuple[tuple[Shard, ...], bytes | None, Weights]:
-    """The original's shards, index file and weights; nothing where none is known."""
-    if source.original is not None:
-        original = source.original
-        return original.shards, original.index, original.weights
-    if source.manifest is None:
-        return (), None, Weights({}, {})
-    restore = source.manifest["restore"]
-    sizes = {row["name"]: row["size"] for row in source.manifest["source"]["files"]}
-    shards = tuple(_shard_of(name, manifest.unpack(text), sizes[name]) for name, text in restore["headers"].items())
-    index = manifest.unpack(restore["index"]) if restore["index"] else None
-    return shards, index, weights_of(_catalog(shards), config)
-
-
-def _shard_of(name: str, header: bytes, size: int) -> Shard:
-    if not plain_name(name):
-        raise refuse("manifest", "a shard's name is not a plain file name", [Problem(file=name)])
-    return Shard(name, size, header, shard_tensors(name, header, size))
-
-
-def _fits(source: Megatron, weights: Weights, dtype: DType) -> bool:
-    """Whether these weights are exactly the model's in this dtype, and those that were kept beside it."""
+def _misfits(source: Megatron, weights: Weights, dtype: DType) -> Iterator[Problem]:
+    """Why files of these weights cannot hold the model in this dtype, and what was kept beside it; at most one each."""
     wanted, unneeded = source.model.hf, ignored_names(source.model, weights.catalog)
-    found = {name: spec for name, spec in weights.catalog.items() if name not in unneeded}
     kept = {spec.name for shard in kept_shards(source)[1] for spec in shard.tensors} if unneeded else set()
-    return (
-        unneeded <= kept
-        and found.keys() == wanted.keys()
-        and all(
-            spec.shape == wanted[name].shape and wanted[name].family.accepts(spec.dtype, dtype)
-            for name, spec in found.items()
-        )
-    )
+    for name, spec in weights.catalog.items():
+        if name not in wanted and name not in unneeded & kept:
+            yield Problem(tensor=name, expected="a tensor of the original", found="none in the checkpoint")
+        elif name in wanted and (
+            spec.shape != wanted[name].shape or not wanted[name].family.accepts(spec.dtype, dtype)
+        ):
+            expected, found = f"{spec.dtype.name} {list(spec.shape)}", f"{dtype.name} {list(wanted[name].shape)}"
+            yield Problem(tensor=name, expected=expected, found=found)
+    for name in wanted.keys() - weights.catalog.keys():
+        yield Problem(tensor=name, expected="nothing: the original lacks it", found="a tensor of the checkpoint")
 
 
 def _fresh(source: Megatron, dtype: DType, max_shard: int) -> tuple[tuple[Shard, ...], bytes | None]:
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in source.model.hf.items():
-        nbytes = prod(tensor.shape) * tensor.family.dtype(dtype).size
+        nbytes = prod(tensor.shape) * _dtype(source, tensor, dtype).size
         if groups[-1] and size + nbytes > max_shard:
             groups.append([])
             size = 0
@@ -132,9 +118,16 @@ def _fresh(source: Megatron, dtype: DType, max_shard: int) -> tuple[tuple[Shard,
     return shards, _index(shards) if len(shards) > 1 else None
 
 
+def _dtype(source: Megatron, tensor: HfTensor, dtype: DType) -> DType:
+    """The original's dtype of a tensor that may have two, else its rule's."""
+    known = source.origin.weights.catalog.get(tensor.name)
+    fits = known is not None and tensor.family.rule.dtype and tensor.family.accepts(known.dtype, dtype)
+    return known.dtype if known is not None and fits else tensor.family.dtype(dtype)
+
+
 def _shard(source: Megatron, file: str, names: list[str], dtype: DType) -> Shard:
     chosen = {name: source.model.hf[name] for name in names}
-    tensors = [(name, tensor.family.dtype(dtype), tensor.shape) for name, tensor in chosen.items()]
+    tensors = [(name, _dtype(source, tensor, dtype), tensor.shape) for name, tensor in chosen.items()]
     header = emit_header(tensors, {"format": "pt"})
     size = len(header) + sum(prod(shape) * each.size for _, each, shape in tensors)
     return Shard(file, size, header, shard_tensors(file, header, size))
@@ -167,8 +160,7 @@ def stale_weights(folder: Path) -> set[str]:
 
 def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> list[str]:
     """Write the whole directory into the folder `work`. Returns warnings. Raises InputError on damage."""
-    for name in plan.side_files:
-        data = (plan.source.reference / name).read_bytes()
+    for name, data in _side_files(plan):
         write_file(work / name, changed(data, plan.changes) if name == "config.json" else data, sync)
     warnings = stream_export(plan, work, workers, sync, tally)
     if plan.index is not None:
@@ -176,14 +168,30 @@ def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, tally:
     return warnings
 
 
+def _implied(source: Megatron) -> Iterator[str]:
+    if source.reference is None:
+        yield "config.json follows from Megatron's own configuration: what that does not say is left out"
+        if not source.model.sizes["pad"]:
+            yield f"vocab_size is {source.model.sizes['vocab']}, all rows of the embedding: some may be padding"
+
+
+def _side_files(plan: ExportPlan) -> Iterator[tuple[str, bytes]]:
+    if plan.source.reference is None:
+        yield "config.json", emitted(plan.source.config)
+        return
+    for name in plan.side_files:
+        yield name, (plan.source.reference / name).read_bytes()
+
+
 def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally: Tally) -> list[str]:
     """Move every payload byte into the shards; check checksums, digests and filler on the way. Returns warnings."""
-    from transcoder.engine import CheckedChunks, run_groups
+    from transcoder.chunks import CheckedChunks
+    from transcoder.engine import run_groups
     from transcoder.kept import Kept, copy_kept, encode_weight
 
     source = plan.source
     views = {name: map_file(source.path / name) for name in source.files}
-    chunks, kept, warnings = CheckedChunks(views.__getitem__), Kept(source), list[str]()
+    chunks, kept, warnings = CheckedChunks(views.__getitem__), Kept(source), list(_implied(source))
     with shard_files(plan.shards, work, sync) as files:
         groups: dict[str, list[Callable[[], None]]] = {shard.name: [] for shard in plan.shards}
         for name, spec in sorted(plan.weights.catalog.items(), key=lambda item: item[1].chunks[0].offset):
@@ -196,7 +204,7 @@ def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally:
         run_groups(groups.values(), workers)
         warnings += check_filler(source, chunks.fetch)
         chunks.finish()
-    return warnings
+    return sorted(warnings)
 
 
 @contextmanager

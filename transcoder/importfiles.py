@@ -21,8 +21,8 @@ TOOL_VERSION = "0.1.0"
 
 def write_side_files(
     plan: ImportPlan, work: Path, digests: Mapping[str, str], crcs: Mapping[str, int], sync: bool
-) -> dict[str, Any]:
-    """Write every small file of the checkpoint; `metadata.json` is the last of the iteration. Returns the manifest."""
+) -> None:
+    """Write every small file of the checkpoint; `metadata.json` is the last of the iteration."""
     folder, fields = work / plan.folder, plan.model.fields()
     common = common_pt(
         fields, plan.dtype.name, plan.padded_vocab, plan.mesh.tp, plan.mesh.pp, plan.step, plan.model.dialect
@@ -51,7 +51,6 @@ def write_side_files(
         write_file(folder / name, data, sync)
     for name, data in trackers.items():
         write_file(work / name, data, sync)
-    return table
 
 
 def _row(name: str, data: bytes | memoryview) -> dict[str, Any]:
@@ -92,6 +91,7 @@ def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, A
         "direction": "hf2mcore",
         "recipe": plan.model.recipe.name,
         "layout": plan.model.dialect,
+        "variants": {name: plan.model.values[name] for name in plan.model.recipe.hf_variants},
         "folder": plan.folder,
         "source": {
             "kind": "safetensors",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_hf, ignored_names
+from transcoder.codecs import not_quantised
 from transcoder.dialects import DIALECTS
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
@@ -87,6 +88,8 @@ def plan_import(
         raise UsageError(f"layout {layout!r}: give one of {', '.join(DIALECTS)}", kind="layout")
     if divisor < 1:
         raise UsageError(f"--make-vocab-size-divisible-by {divisor}: give a number of 1 or more", kind="vocabulary")
+    if mtp not in ("keep", "drop"):
+        raise UsageError(f"mtp {mtp!r}: give keep or drop", kind="mtp")
     mesh.check_positive()
     source = open_hf(src, follow_links)
     catalog = source.weights.catalog
@@ -103,6 +106,7 @@ def plan_import(
     check_coverage(model, atlas)
     notes = (
         *source.warnings,
+        *not_quantised(source.weights, source.config),
         *warnings,
         *(f"weights only: {reason}" for reason in model.weights_only()),
         *(f"{name} is ignored by the recipe" for name in sorted(ignored)),
@@ -176,8 +180,8 @@ def _wanted(tensor: McoreTensor, mesh: Mesh, dtype: DType) -> Wanted:
     return Wanted(tensor.name, family.dtype(dtype), tensor.shape, tuple(chunks))
 
 
-def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> dict[str, Any]:
-    """Write the whole checkpoint into the folder `work`. Returns the manifest's table."""
+def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> list[str]:
+    """Write the whole checkpoint into the folder `work`. Returns warnings."""
     from transcoder.kept import NAME as KEPT
     from transcoder.kept import write_kept
 
@@ -187,13 +191,14 @@ def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally:
     try:
         writer.prepare()
         digests = stream_import(plan, writer.write, workers, tally)
-        write_kept(plan, folder / KEPT, sync)
+        warnings = write_kept(plan, folder / KEPT, sync)
         crcs = writer.finish(sync)
     finally:
         writer.close()
     from transcoder.importfiles import write_side_files
 
-    return write_side_files(plan, work, digests, crcs, sync)
+    write_side_files(plan, work, digests, crcs, sync)
+    return warnings
 
 
 def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> dict[str, str]:

@@ -8,27 +8,30 @@ by a constant, which rounds, and tensors that a model does not need but the orig
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transcoder.codecs import FLOATS, Codec
 from transcoder.formats.safetensors import Shard, emit_header, read_shard
 from transcoder.formats.torch_dist import map_file
 from transcoder.planner import HfTensor
 from transcoder.spec import DType, TensorSpec
 
 if TYPE_CHECKING:
-    from transcoder.engine import Array, CheckedChunks
+    from transcoder.chunks import CheckedChunks
+    from transcoder.engine import Array, Payloads
     from transcoder.exporting import ExportPlan
     from transcoder.importing import ImportPlan
     from transcoder.megatron import Megatron
     from transcoder.progress import Tally
 
+SCALES = 2.0**-117, 2.0**119  # an e4m3 number times one of these is an ordinary bfloat16 number
 NAME = "hf-kept.safetensors"  # in the iteration's folder
 
 
-def write_kept(plan: ImportPlan, path: Path, sync: bool) -> None:
-    """Copy what an export needs into one safetensors file, if there is any."""
+def write_kept(plan: ImportPlan, path: Path, sync: bool) -> list[str]:
+    """Copy what an export needs into one safetensors file, if there is any. Returns warnings."""
     from transcoder.engine import Payloads
 
     source = plan.source
@@ -37,7 +40,7 @@ def write_kept(plan: ImportPlan, path: Path, sync: bool) -> None:
     parts += [source.catalog[name] for name, tensor in plan.model.hf.items() if tensor.family.rule.plus]
     parts += [source.catalog[name] for name in plan.ignored]
     if not parts:
-        return
+        return []
     with path.open("xb") as file:
         file.write(emit_header([(part.name, part.dtype, part.shape) for part in parts], {"format": "pt"}))
         for part in parts:
@@ -45,6 +48,28 @@ def write_kept(plan: ImportPlan, path: Path, sync: bool) -> None:
         file.flush()
         if sync:
             os.fsync(file.fileno())
+    return list(_extremes(payloads))
+
+
+def _extremes(payloads: Payloads) -> Iterator[str]:
+    for name, codec in payloads.weights.codecs.items():
+        scales = payloads.stored(codec.parts[1], 0, codec.parts[1].nbytes // codec.parts[1].dtype.size)
+        yield from _told(name, extremes(codec, scales))
+
+
+def _told(name: str, count: int) -> Iterator[str]:
+    if count:
+        yield f"{name}: {count} of its scales are 0 or extreme; the original's small numbers cannot be given back"
+
+
+def extremes(codec: Codec, scales: Array) -> int:
+    """How many scales leave it open which small number a decoded value was."""
+    import numpy as np
+
+    if codec.name == "fp8":
+        sizes = np.abs(scales.view(np.float32))
+        return int(scales.size - np.count_nonzero((sizes >= SCALES[0]) & (sizes <= SCALES[1])))
+    return int(np.count_nonzero(scales > 252) if codec.name == "mxfp4" else np.count_nonzero(scales == 0))
 
 
 def kept_shards(source: Megatron) -> tuple[Path, tuple[Shard, ...]]:
@@ -77,7 +102,7 @@ class Kept:
     def values(self, tensor: HfTensor, dtype: DType, start: int, stop: int) -> Array | None:
         """The original's elements [start, stop) of a tensor that Megatron stores shifted, if they are known."""
         spec = self._specs.get(tensor.name)
-        if spec is None or spec.shape != tensor.shape or not tensor.family.rule.plus:
+        if spec is None or spec.shape != tensor.shape or not tensor.family.rule.plus or spec.dtype.name not in FLOATS:
             return None
         known = self.read(spec, start, stop)
         return None if known is None else self._converted(known, spec.dtype, dtype)
@@ -106,6 +131,7 @@ def encode_weight(
     tensor, width = source.model.hf[name], spec.shape[-1]
     stored = source.stored(tensor)
     tree, fetch, fresh = TreeDigest(tensor.shape, stored), chunks.reader(tensor), 0
+    lost = 0
     for start, stop in codec.row_bands(BAND):
         band = gather(source.atlas, tensor, start * width, stop * width, stored, fetch)
         tree.add(band)
@@ -115,9 +141,11 @@ def encode_weight(
         whole = known if len(known) == len(old) else None
         new = codec.encode(converted(band, stored, spec.dtype), spec.dtype.name, whole)
         fresh += _differing(new[1], whole[0]) if whole else new[1].size
+        lost += extremes(codec, new[1])
         for part, place, array in zip(codec.parts, places, new, strict=True):
             tally.moved(_write(files, part, place[0], array))
     check_digest(plan, name, tree.text())
+    warnings += _told(name, lost)
     if fresh:
         warnings.append(f"{name}: {fresh} of its scales were found anew, the others are the original's")
     tally.finished(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +17,8 @@ from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
 from transcoder.iterations import find_iteration
+from transcoder.megatronconfig import config_from, stored_fields
+from transcoder.original import Original, original_of
 from transcoder.planner import HfTensor, Model, build_model
 from transcoder.recipes import recipe_for
 from transcoder.sizing import axis_sizes, given_sizes
@@ -33,9 +36,11 @@ class Megatron:
     atlas: Atlas
     dtype: DType
     architecture: str  # the Hugging Face class
-    reference: Path  # directory of config.json, tokenizer and the other side files
+    reference: Path | None  # directory of config.json, tokenizer and the other side files
+    config: dict[str, Any]  # that config.json, or what Megatron's own configuration implies
     original: HfDirectory | None  # the directory that the user gave, if it holds weights
-    originally: dict[str, str]  # which variants the original was, as far as its tensors' names are known
+    origin: Original  # what is known of the original's files
+    originally: dict[str, str]  # which variants they were
     manifest: dict[str, Any] | None
 
     def stored(self, tensor: HfTensor) -> DType:
@@ -54,11 +59,17 @@ class Megatron:
 
 
 def open_megatron(
-    path: Path, hf_model: Path | None = None, arch: str = "", expert_layout: str = "", quantised: bool = False
+    path: Path,
+    hf_model: Path | None = None,
+    arch: str = "",
+    expert_layout: str = "",
+    quantised: bool = False,
+    like: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Megatron:
     """The checkpoint, its plan proved. Raises InputError for whatever does not fit.
 
     expert_layout, quantised: which Hugging Face files it is to be seen as; by default those of the original, decoded.
+    like: names and shapes of the weights whose spelling counts instead of the original's.
     """
     folder = find_iteration(path)
     _check_backend(folder)
@@ -66,14 +77,15 @@ def open_megatron(
     table = manifest.read(folder)
     _check_files(folder, table, hf_model is not None)
     reference = _reference(folder, hf_model)
-    config = read_config(reference)
+    config = read_config(reference) if reference else _implied_config(folder, store, arch)
     architecture = arch or architecture_of(config)
     recipe = recipe_for(architecture)
     values = normalise(config)
     dialect = dialect_of(store.tensors)
     original = open_hf(hf_model) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
-    known = _known_shapes(original, table)
-    originally = shown(recipe.hf_variants, known, given_sizes(recipe, values)[0]) if known else {}
+    origin = original_of(original, table, config)
+    shapes = like or origin.shapes
+    originally = shown(recipe.hf_variants, shapes, given_sizes(recipe, values)[0]) if shapes else {}
     wanted = {"experts": expert_layout} if expert_layout else {}
     values |= export_variants(recipe, store.tensors, dialect == "stacked", originally, wanted, quantised)
     sizes = axis_sizes(recipe, values, sum(prod(shape) for _, shape, _ in store.tensors.values()), _most_layers(store))
@@ -83,14 +95,9 @@ def open_megatron(
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
     usual = _one_dtype(model, store)
-    return Megatron(folder, store, model, atlas, usual, architecture, reference, original, originally, table)
-
-
-def _known_shapes(original: HfDirectory | None, table: dict[str, Any] | None) -> dict[str, tuple[int, ...]]:
-    """The original's weights, from its own headers or from the manifest; nothing where both are missing."""
-    if original is not None:
-        return {name: spec.shape for name, spec in original.weights.catalog.items()}
-    return {row["name"]: tuple(row["shape"]) for row in (table or {}).get("tensors", [])}
+    return Megatron(
+        folder, store, model, atlas, usual, architecture, reference, config, original, origin, originally, table
+    )
 
 
 def _embedding_rows(store: TorchDist) -> int:
@@ -123,13 +130,24 @@ def _check_files(folder: Path, table: dict[str, Any] | None, other_reference: bo
         raise refuse("changed", "files of the checkpoint are not those that were written", problems)
 
 
-def _reference(folder: Path, hf_model: Path | None) -> Path:
+def _reference(folder: Path, hf_model: Path | None) -> Path | None:
+    """The directory with config.json; None where there is none."""
+    if hf_model is not None and not (hf_model / "config.json").is_file():
+        raise refuse("no-config", f"{hf_model} holds no config.json", [Problem(file=str(hf_model))])
     for candidate in (hf_model, folder / "hf", folder.parent / "huggingface", folder.parent.parent / "huggingface"):
         if candidate is not None and (candidate / "config.json").is_file():
             return candidate
-    raise refuse(
-        "no-config", "the checkpoint carries no Hugging Face config; give --hf-model DIR", [Problem(file=str(folder))]
-    )
+    return None
+
+
+def _implied_config(folder: Path, store: TorchDist, arch: str) -> dict[str, Any]:
+    """config.json from Megatron's own configuration, for the class that the user names."""
+    if not arch:
+        hint = "give --hf-model DIR, or the Hugging Face class with --arch NAME"
+        raise refuse("no-config", f"the checkpoint carries no Hugging Face config; {hint}", [Problem(file=str(folder))])
+    dtypes = [dtype.name for dtype, _, _ in store.tensors.values()]
+    fields = {"padded_vocab_size": _embedding_rows(store)} | stored_fields(folder)
+    return config_from(recipe_for(arch), arch, fields, max(set(dtypes), key=dtypes.count))
 
 
 def _one_dtype(model: Model, store: TorchDist) -> DType:

@@ -45,4 +45,9 @@ def changed(data: bytes, changes: Mapping[str, Any]) -> bytes:
                 del table[name]
             elif name in table:
                 table[name] = value
+    return emitted(config)
+
+
+def emitted(config: Mapping[str, Any]) -> bytes:
+    """The bytes of a config.json."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -34,10 +34,10 @@ def stream_hf(path: PathLike, hf_model: PathLike | None = None) -> Iterator[tupl
 
 def verify(one: PathLike, two: PathLike) -> dict[str, Any]:
     """Compare two checkpoints of any format tensor by tensor, bit for bit. Raises DifferenceError with the report."""
-    from transcoder.views import open_view
+    from transcoder.views import open_views
 
     started = time.monotonic()
-    views = open_view(Path(one), None), open_view(Path(two), None)
+    views = open_views(Path(one), Path(two))
     report = {"source": str(one), "destination": str(two), "tensors": len(views[0].tensors), "differences": []}
     try:
         same(*views)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+from transcoder.errors import Problem, refuse
 from transcoder.layout import Layout, parse
 
 Values = Mapping[str, Any]
@@ -96,6 +97,19 @@ class Recipe:
     outgoing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # guard → fields of an export's config.json
 
 
+class Field(str):
+    """An expression over a Hugging Face config for one of Megatron's fields, and what follows from it the other way."""
+
+    back: Mapping[str, str]
+
+
+def field_of(text: str, **back: str) -> Field:
+    """A field of Megatron's configuration; back: Hugging Face fields as expressions over Megatron's."""
+    found = Field(text)
+    found.back = back
+    return found
+
+
 def side(text: str) -> Side:
     """A side from "name layout"."""
     name, _, layout = text.partition(" ")
@@ -171,12 +185,16 @@ def _both(one: str, two: str) -> str:
 
 
 def evaluate(expression: str, values: Values) -> Any:
-    """The value of a config expression; a name that `values` lacks is None.
+    """The value of a config expression; a name that `values` lacks is None. Raises InputError where it has none.
 
     >>> evaluate("head_dim or hidden // heads", {"hidden": 64, "heads": 8})
     8
     """
-    return _value(_parsed(expression), values)
+    try:
+        return _value(_parsed(expression), values)
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
+        problem = Problem(file="config.json", message=f"{expression}: {error}", expected="fields of other types")
+        raise refuse("config", "the config does not describe a model", [problem]) from error
 
 
 @cache
@@ -220,14 +238,24 @@ def _value(node: ast.expr, values: Values) -> Any:
         return _COMPARE[type(node.ops[0])](_value(node.left, values), _value(node.comparators[0], values))
     if isinstance(node, ast.IfExp):
         return _value(node.body if _value(node.test, values) else node.orelse, values)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len" and len(node.args) == 1:
-        container = _value(node.args[0], values)
-        return len(container) if isinstance(container, list | str) else None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS:
+        return _CALLS[node.func.id](*(_value(argument, values) for argument in node.args))
     if isinstance(node, ast.Subscript):
         return _item(_value(node.value, values), _value(node.slice, values))
     if isinstance(node, ast.Tuple):
         return tuple(_value(item, values) for item in node.elts)
     raise ValueError(f"{ast.unparse(node)!r} is not allowed in a config expression")
+
+
+def _places(container: Any, wanted: Any) -> Any:
+    """Where a list has a value; None for what is no list."""
+    return [i for i, item in enumerate(container) if item == wanted] if isinstance(container, list) else None
+
+
+_CALLS: Mapping[str, Callable[..., Any]] = {
+    "len": lambda container: len(container) if isinstance(container, list | str) else None,
+    "places": _places,
+}
 
 
 def _item(container: Any, place: Any) -> Any:

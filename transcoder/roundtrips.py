@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from transcoder.chunks import Scratch
 from transcoder.engine import (
     Array,
     Payloads,
-    Scratch,
     TreeDigest,
     converted,
     gather,

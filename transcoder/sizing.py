@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any, TypeVar
 
-from transcoder.errors import Problem, refuse
+from transcoder.errors import InputError, Problem, refuse
 from transcoder.recipe import Recipe, Rule, evaluate
 
 MAX_SIZE = 1 << 40  # no dimension of a real model comes near this
@@ -57,7 +57,7 @@ def given_sizes(recipe: Recipe, values: Mapping[str, Any]) -> tuple[dict[str, in
     for name, text in recipe.axes.items():
         try:
             scope[name] = evaluate(text, scope)
-        except (TypeError, ZeroDivisionError):
+        except InputError:
             scope[name] = None
         if type(scope[name]) is not int or not 0 < scope[name] < MAX_SIZE:
             message, scope[name] = f"{text} = {scope[name]!r}", 0

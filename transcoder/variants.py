@@ -36,6 +36,10 @@ def export_variants(
     wanted: what is to be chosen instead. quantised: whether choices named after a codec may stand.
     """
     chosen = {name: next(iter(choices)) for name, choices in recipe.hf_variants.items()}
+    for name, choice in wanted.items():
+        if choice not in recipe.hf_variants.get(name, {choice: ""}):
+            fits = ", ".join(choice for choice in recipe.hf_variants[name] if choice not in CODECS)
+            raise UsageError(f"{name} cannot be {choice} in this architecture; they can be {fits}", kind="layout")
     kept = {name: choice for name, choice in originally.items() if quantised or choice not in CODECS}
     chosen |= kept | {name: choice for name, choice in wanted.items() if name in chosen}
     spelled = {

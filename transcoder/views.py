@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from transcoder.checking import is_hf
-from transcoder.engine import Array, CheckedChunks, Payloads, bands, converted, gather, received
+from transcoder.chunks import CheckedChunks
+from transcoder.engine import Array, Payloads, bands, converted, gather, received
+from transcoder.errors import InputError
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import map_file
 from transcoder.kept import Kept
@@ -34,6 +36,29 @@ def open_view(path: Path, hf_model: Path | None) -> View:
     if is_hf(path):
         return hf_view(path)
     return megatron_view(open_megatron(path, hf_model))
+
+
+def open_views(one: Path, two: Path) -> tuple[View, View]:
+    """Views of both; a Megatron checkpoint is seen in the spelling and dtypes of a Hugging Face directory beside it."""
+    if is_hf(one) == is_hf(two):
+        return open_view(one, None), open_view(two, None)
+    directory = hf_view(one if is_hf(one) else two)
+    checkpoint = _seen_as(directory, two if is_hf(one) else one)
+    return (directory, checkpoint) if is_hf(one) else (checkpoint, directory)
+
+
+def _seen_as(directory: View, path: Path) -> View:
+    shapes = {name: shape for name, (_, shape) in directory.tensors.items()}
+    try:
+        source = open_megatron(path, quantised=True, like=shapes)
+    except InputError as error:
+        if error.kind != "variant":
+            raise
+        source = open_megatron(path)
+    either = {name for name, tensor in source.model.hf.items() if tensor.family.rule.dtype and name in shapes}
+    found = {name: directory.tensors[name][0] for name in either}
+    dtypes = {name: dtype for name, dtype in found.items() if source.model.hf[name].family.accepts(dtype, source.dtype)}
+    return cast_view(megatron_view(source), dtypes)
 
 
 def hf_view(path: Path, follow_links: bool = False) -> View:

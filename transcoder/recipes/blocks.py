@@ -6,7 +6,7 @@ gate and up as in megatron/core/transformer/mlp.py (all gate rows, then all up r
 
 from __future__ import annotations
 
-from transcoder.recipe import Rule, rule
+from transcoder.recipe import Rule, field_of, rule
 
 AXES = {
     "l": "num_hidden_layers",
@@ -122,28 +122,31 @@ QK_NORM_STATE = ((f"{D}self_attention.q_layernorm", ""), (f"{D}self_attention.k_
 
 # Fields of megatron-core's TransformerConfig, as expressions over the axes and the config.
 DENSE = {
-    "num_layers": "l",
-    "hidden_size": "h",
-    "ffn_hidden_size": "f",
-    "num_attention_heads": "g * q",
-    "num_query_groups": "g",
-    "kv_channels": "d",
-    "vocab_size": "vocab",
-    "share_embeddings_and_output_weights": "not not tie_word_embeddings",
+    "num_layers": field_of("l", num_hidden_layers="num_layers"),
+    "hidden_size": field_of("h", hidden_size="hidden_size"),
+    "ffn_hidden_size": field_of("f", intermediate_size="ffn_hidden_size"),
+    "num_attention_heads": field_of("g * q", num_attention_heads="num_attention_heads"),
+    "num_query_groups": field_of("g", num_key_value_heads="num_query_groups"),
+    "kv_channels": field_of("d", head_dim="kv_channels"),
+    "vocab_size": field_of("vocab", vocab_size="vocab_size or padded_vocab_size"),
+    "share_embeddings_and_output_weights": field_of(
+        "not not tie_word_embeddings", tie_word_embeddings="share_embeddings_and_output_weights"
+    ),
     "normalization": "'RMSNorm'",
-    "layernorm_epsilon": "rms_norm_eps or 1e-06",
+    "layernorm_epsilon": field_of("rms_norm_eps or 1e-06", rms_norm_eps="layernorm_epsilon"),
     "gated_linear_unit": "True",
-    "add_bias_linear": "not not (attention_bias or mlp_bias)",
-    "add_qkv_bias": "not not attention_bias",
+    "add_bias_linear": field_of("not not (attention_bias or mlp_bias)", mlp_bias="add_bias_linear"),
+    "add_qkv_bias": field_of("not not attention_bias", attention_bias="add_qkv_bias"),
     "qk_layernorm": "False",
     "position_embedding_type": "'rope'",
-    "rotary_base": "rope_theta or 10000.0",
-    "seq_length": "max_position_embeddings or 2048",
+    "rotary_base": field_of("rope_theta or 10000.0", rope_theta="rotary_base"),
+    "seq_length": field_of("max_position_embeddings or 2048", max_position_embeddings="seq_length"),
     "rope_scaling": "True if rope_type == 'llama3' else None",
     "rope_scaling_factor": "rope_factor if rope_type == 'llama3' else None",
     "seq_len_interpolation_factor": "rope_factor if rope_type == 'linear' else None",
 }
 
+USE_QK_NORM = field_of("not not use_qk_norm", use_qk_norm="qk_layernorm")
 NO_BIAS = {"add_bias_linear": "False", "add_qkv_bias": "False"}
 
 # Conditions under which the weights are right but a field of the config has no counterpart that was measured.

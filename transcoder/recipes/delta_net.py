@@ -6,7 +6,7 @@ megatron/core/ssm/gated_delta_net.py (0.16).
 
 from __future__ import annotations
 
-from transcoder.recipe import rule
+from transcoder.recipe import field_of, rule
 from transcoder.recipes.blocks import D, H
 
 A, N = f"{D}self_attention.", f"{H}linear_attn."
@@ -62,10 +62,13 @@ MODEL = {
     "attention_output_gate": "True",
     "rotary_percent": "partial_rotary_factor or rope_partial_rotary_factor or 0.25",
     "experimental_attention_variant": "'gated_delta_net'",
-    "linear_attention_freq": "full_attention_interval or 4 if not layer_types else linear_layers",
-    "linear_conv_kernel_dim": "kc",
-    "linear_key_head_dim": "kq",
-    "linear_value_head_dim": "kv",
-    "linear_num_key_heads": "nk",
-    "linear_num_value_heads": "nk * nr",
+    "linear_attention_freq": field_of(
+        "full_attention_interval or 4 if not layer_types else linear_layers",
+        full_attention_interval="linear_attention_freq if len(linear_attention_freq) is None else None",
+    ),
+    "linear_conv_kernel_dim": field_of("kc", linear_conv_kernel_dim="linear_conv_kernel_dim"),
+    "linear_key_head_dim": field_of("kq", linear_key_head_dim="linear_key_head_dim"),
+    "linear_value_head_dim": field_of("kv", linear_value_head_dim="linear_value_head_dim"),
+    "linear_num_key_heads": field_of("nk", linear_num_key_heads="linear_num_key_heads"),
+    "linear_num_value_heads": field_of("nk * nr", linear_num_value_heads="linear_num_value_heads"),
 }

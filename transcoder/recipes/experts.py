@@ -5,7 +5,7 @@ Stored keys as in megatron/core/transformer/moe/experts.py (0.16): the experts a
 
 from __future__ import annotations
 
-from transcoder.recipe import Rule, rule
+from transcoder.recipe import Rule, field_of, rule
 from transcoder.recipes.blocks import CHECKS, D, H
 
 EVERY_LAYER = {"sparse": "True"}
@@ -123,18 +123,29 @@ EXPERT_CHECKS = CHECKS | {
 
 # TransformerConfig fields of a mixture whose router takes a softmax.
 MOE = {
-    "num_moe_experts": "e",
-    "moe_ffn_hidden_size": "mf",
-    "moe_router_topk": "num_experts_per_tok",
+    "num_moe_experts": field_of(
+        "e", num_experts="num_moe_experts", num_local_experts="num_moe_experts", n_routed_experts="num_moe_experts"
+    ),
+    "moe_ffn_hidden_size": field_of("mf", moe_intermediate_size="moe_ffn_hidden_size"),
+    "moe_router_topk": field_of("num_experts_per_tok", num_experts_per_tok="moe_router_topk"),
     "moe_router_load_balancing_type": "'aux_loss'",
-    "moe_aux_loss_coeff": "router_aux_loss_coef or 0.001",
+    "moe_aux_loss_coeff": field_of("router_aux_loss_coef or 0.001", router_aux_loss_coef="moe_aux_loss_coeff"),
     "moe_grouped_gemm": "True",
     "moe_token_dispatcher_type": "'alltoall'",
-    "moe_layer_freq": "1 if all_sparse else sparse_layers",
-    "moe_router_pre_softmax": "not norm_topk_prob",
+    "moe_layer_freq": field_of(
+        "1 if all_sparse else sparse_layers",
+        mlp_only_layers="places(moe_layer_freq, 0)",
+        first_k_dense_replace="len(places(moe_layer_freq, 0)) or 0",
+    ),
+    "moe_router_pre_softmax": field_of("not norm_topk_prob", norm_topk_prob="not moe_router_pre_softmax"),
 }
 
-SHARED_GATE = {"moe_shared_expert_intermediate_size": "sf", "moe_shared_expert_gate": "True"}
+SHARED_GATE = {
+    "moe_shared_expert_intermediate_size": field_of(
+        "sf", shared_expert_intermediate_size="moe_shared_expert_intermediate_size"
+    ),
+    "moe_shared_expert_gate": "True",
+}
 
 # Mixtures in the manner of DeepSeek: dense layers first, then routed and shared experts.
 AFTER_DENSE = {"sparse": "l >= (first_k_dense_replace or 0) and l % (moe_layer_freq or 1) == 0"}
@@ -152,10 +163,14 @@ GROUP_CHECKS = EXPERT_CHECKS | {
     "norm_topk_prob": "DeepSeek V2 never renormalises, whatever norm_topk_prob says",
 }
 GROUPED = {
-    "moe_shared_expert_intermediate_size": "sf",
-    "moe_router_num_groups": f"n_group if {_GROUPS} else None",
-    "moe_router_group_topk": f"topk_group if {_GROUPS} else None",
-    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "moe_shared_expert_intermediate_size": field_of(
+        "sf", n_shared_experts="moe_shared_expert_intermediate_size // moe_ffn_hidden_size"
+    ),
+    "moe_router_num_groups": field_of(f"n_group if {_GROUPS} else None", n_group="moe_router_num_groups"),
+    "moe_router_group_topk": field_of(f"topk_group if {_GROUPS} else None", topk_group="moe_router_group_topk"),
+    "moe_router_topk_scaling_factor": field_of(
+        "routed_scaling_factor", routed_scaling_factor="moe_router_topk_scaling_factor"
+    ),
 }
 SOFTMAX_OF_ALL = {"moe_router_pre_softmax": "True"}
 SIGMOID = GROUPED | {

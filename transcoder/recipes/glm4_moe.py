@@ -30,7 +30,7 @@ RECIPE = Recipe(
     | mtp.MODEL
     | {
         "add_bias_linear": "False",
-        "qk_layernorm": "not not use_qk_norm",
+        "qk_layernorm": blocks.USE_QK_NORM,
         "rotary_percent": "partial_rotary_factor or rope_partial_rotary_factor or 0.5",
     },
     checks=experts.SIGMOID_CHECKS,

@@ -6,7 +6,7 @@ of the latents are fused into the projections after them.
 
 from __future__ import annotations
 
-from transcoder.recipe import rule
+from transcoder.recipe import field_of, rule
 from transcoder.recipes.blocks import D, H
 
 A, S = f"{D}self_attention.linear_", f"{H}self_attn."
@@ -47,14 +47,14 @@ ATTENTION_STATE = (
 # Fields of megatron-core's MLATransformerConfig.
 MODEL = {
     "multi_latent_attention": "True",
-    "num_attention_heads": "n",
-    "num_query_groups": "n",
+    "num_attention_heads": field_of("n", num_attention_heads="num_attention_heads"),
+    "num_query_groups": field_of("n", num_key_value_heads="num_query_groups"),
     "kv_channels": "vd",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kr",
-    "qk_head_dim": "qk_nope_head_dim",
-    "qk_pos_emb_head_dim": "rope",
-    "v_head_dim": "vd",
+    "q_lora_rank": field_of("q_lora_rank", q_lora_rank="q_lora_rank"),
+    "kv_lora_rank": field_of("kr", kv_lora_rank="kv_lora_rank"),
+    "qk_head_dim": field_of("qk_nope_head_dim", qk_nope_head_dim="qk_head_dim"),
+    "qk_pos_emb_head_dim": field_of("rope", qk_rope_head_dim="qk_pos_emb_head_dim"),
+    "v_head_dim": field_of("vd", v_head_dim="v_head_dim"),
     "qk_layernorm": "True",
     "rope_type": "'yarn' if rope_type == 'yarn' else 'rope'",
     "rotary_scaling_factor": "rope_factor if rope_type == 'yarn' else 1.0",

@@ -6,7 +6,7 @@ Stored keys as in megatron/core/ssm/mamba_mixer.py and models/mamba (0.16), alwa
 
 from __future__ import annotations
 
-from transcoder.recipe import rule
+from transcoder.recipe import field_of, rule
 from transcoder.recipes.blocks import D
 from transcoder.recipes.experts import EXPERT_CHECKS, X
 
@@ -118,20 +118,24 @@ HF_VARIANTS = {
     "experts": {"per-expert": f"{N}experts.{{e}}.down_proj.weight", "fused": f"{N}experts.down_proj", "none": ""}
 }
 MODEL = {
-    "layernorm_epsilon": "layer_norm_epsilon or rms_norm_eps or 1e-05",
+    "layernorm_epsilon": field_of(
+        "layer_norm_epsilon or rms_norm_eps or 1e-05", layer_norm_epsilon="layernorm_epsilon"
+    ),
     "gated_linear_unit": "False",
     "activation_func": "'megatron.core.activations.squared_relu'",
     "position_embedding_type": "'none'",
     "is_hybrid_model": "True",
-    "hybrid_override_pattern": "hybrid_override_pattern",
-    "mamba_num_heads": "mh",
-    "mamba_head_dim": "mz",
-    "mamba_num_groups": "ng",
-    "mamba_state_dim": "sb",
-    "num_moe_experts": "e if any_sparse else None",
-    "moe_ffn_hidden_size": "mf if any_sparse else None",
-    "moe_shared_expert_intermediate_size": "sf if any_sparse else None",
-    "moe_latent_size": "moe_latent_size",
+    "hybrid_override_pattern": field_of("hybrid_override_pattern", hybrid_override_pattern="hybrid_override_pattern"),
+    "mamba_num_heads": field_of("mh", mamba_num_heads="mamba_num_heads"),
+    "mamba_head_dim": field_of("mz", mamba_head_dim="mamba_head_dim"),
+    "mamba_num_groups": field_of("ng", n_groups="mamba_num_groups"),
+    "mamba_state_dim": field_of("sb", ssm_state_size="mamba_state_dim"),
+    "num_moe_experts": field_of("e if any_sparse else None", n_routed_experts="num_moe_experts"),
+    "moe_ffn_hidden_size": field_of("mf if any_sparse else None", moe_intermediate_size="moe_ffn_hidden_size"),
+    "moe_shared_expert_intermediate_size": field_of(
+        "sf if any_sparse else None", moe_shared_expert_intermediate_size="moe_shared_expert_intermediate_size"
+    ),
+    "moe_latent_size": field_of("moe_latent_size", moe_latent_size="moe_latent_size"),
     "moe_router_topk": "num_experts_per_tok if any_sparse else None",
     "moe_router_topk_scaling_factor": "routed_scaling_factor if any_sparse else None",
     "moe_router_score_function": "'sigmoid' if any_sparse else None",

@@ -6,13 +6,13 @@ files count the layers on after the decoder's, or have a block `mtp.` of their o
 
 from __future__ import annotations
 
-from transcoder.recipe import Rule, moved, moved_state, rule
+from transcoder.recipe import Rule, field_of, moved, moved_state, rule
 from transcoder.recipes.blocks import D, H
 
 M, INSIDE = "mtp.layers.{m}.", "mtp.layers.{m}.transformer_layer."
 KEPT = "mtp == 'keep'"
 AXES = {"m": "num_nextn_predict_layers", "eh": "2 * hidden_size"}
-MODEL = {"mtp_num_layers": f"m if {KEPT} else None"}
+MODEL = {"mtp_num_layers": field_of(f"m if {KEPT} else None", num_nextn_predict_layers="mtp_num_layers")}
 KEYS = {"mtp": {"keep": f"{M}eh_proj.weight", "drop": ""}}
 OUTGOING = {"mtp == 'drop'": {"num_nextn_predict_layers": 0}}
 
@@ -22,7 +22,16 @@ def counted_on(layer: tuple[Rule, ...]) -> tuple[Rule, ...]:
     place = "model.layers.{m+l}."
     copies = (
         rule("embedding.word_embeddings.weight [vocab pad]/tp h", f"{place}embed_tokens.weight vocab h"),
-        rule("output_layer.weight [vocab pad]/tp h", f"{place}shared_head.head.weight vocab h"),
+        rule(
+            "output_layer.weight [vocab pad]/tp h",
+            f"{place}shared_head.head.weight vocab h",
+            only="not tie_word_embeddings",
+        ),
+        rule(
+            "embedding.word_embeddings.weight [vocab pad]/tp h",
+            f"{place}shared_head.head.weight vocab h",
+            only="tie_word_embeddings",
+        ),
     )
     head = _head(M, f"{place}enorm", f"{place}hnorm", f"{place}eh_proj", f"{place}shared_head.norm")
     return moved(head + moved(layer, mcore=(D, INSIDE), hf=(H, place)), KEPT, stage="last") + moved(

@@ -1,0 +1,71 @@
+"""Megatron's configuration → config.json, for checkpoints without one: the recipes' fields from right to left."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transcoder.errors import InputError, Problem, refuse
+from transcoder.formats.mcore import SPELLED
+from transcoder.formats.torch_dist import read_common
+from transcoder.recipe import Field, Recipe, evaluate
+
+YAML_LIMIT = 16 << 20  # bytes
+
+
+def stored_fields(folder: Path) -> dict[str, Any]:
+    """TransformerConfig fields of an iteration: run_config.yaml's, else the arguments' of common.pt. Nothing is run.
+
+    Raises InputError when the YAML cannot be read.
+    """
+    common = read_common(folder).get("args")
+    arguments = common if isinstance(common, dict) else {}
+    fields = {name: arguments[spelled] for name, spelled in SPELLED.items() if spelled in arguments}
+    if "untie_embeddings_and_output_weights" in arguments:
+        fields["share_embeddings_and_output_weights"] = not arguments["untie_embeddings_and_output_weights"]
+    return arguments | fields | _yaml(folder / "run_config.yaml")
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > YAML_LIMIT:
+            raise ValueError(f"more than {YAML_LIMIT} bytes")
+        table = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = Problem(file=path.name, message=str(error).replace("\n", " "))
+        raise refuse("config", "cannot read a YAML file", [problem]) from error
+    model = table.get("model") if isinstance(table, dict) else None
+    return model if isinstance(model, dict) else {}
+
+
+def config_from(recipe: Recipe, architecture: str, fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config.json that Megatron's fields imply, with those of its fields that the recipe reads."""
+    config: dict[str, Any] = {"architectures": [architecture], "model_type": recipe.hf[architecture]}
+    known = set(_names_read(recipe))
+    for text in recipe.model.values():
+        for name, expression in text.back.items() if isinstance(text, Field) else ():
+            value = _value(expression, fields) if name in known else None
+            if value is not None:
+                config[name] = value
+    return config | {"torch_dtype": dtype}
+
+
+def _value(expression: str, fields: Mapping[str, Any]) -> Any:
+    try:
+        return evaluate(expression, fields)
+    except InputError:
+        return None
+
+
+def _names_read(recipe: Recipe) -> Iterator[str]:
+    guards = [rule.only for rule in recipe.rules if rule.only]
+    for text in (*recipe.axes.values(), *recipe.kinds.values(), *recipe.model.values(), *guards):
+        for node in ast.walk(ast.parse(text, mode="eval")):
+            if isinstance(node, ast.Name):
+                yield node.id
