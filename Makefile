@@ -31,15 +31,15 @@ check: $(VENV)/tests
 	$(BIN)/mypy
 
 test: $(VENV)/tests
-	$(BIN)/python -m pytest -m "not slow" --proved=check
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --proved=check
 
 # The record behind `transcode architectures`, made anew from what the tests prove.
 record: $(VENV)/tests
-	$(BIN)/python -m pytest -m "not slow" --proved=write
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --proved=write
 
 # The full matrices against megatron-core.
 test-full: $(VENV)/tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # A wheel holds what the source tree holds, kernels/ and the schema included.
 wheel: $(VENV)/base

@@ -11,6 +11,9 @@ import pytest
 import transcoder
 
 
+collect_ignore = ["megatron"]  # programs that tests start, some of which need modules that they make themselves
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--proved`: what to do with the record."""
     parser.addoption("--proved", choices=("check", "write"), help="compare or rewrite transcoder/proved.json")

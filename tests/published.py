@@ -289,6 +289,7 @@ def stored(config: Config, padding: int) -> dict[str, int]:
     copies = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
     found = Counter[str]()
     for name, dtype, shape in weights(config):
+        dtype = "F32" if name.endswith(".sinks") else dtype  # what megatron-core's own parameter is
         found[dtype] += 0 if copies.fullmatch(name) else prod(shape)
     found["BF16"] += padding * config["hidden_size"] * (1 if config["tie_word_embeddings"] else 2)
     return dict(found)

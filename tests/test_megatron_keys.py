@@ -26,7 +26,7 @@ Grid = tuple[int, int, int]  # tp, ep, etp
 
 MIXTURES = (
     "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-mtp", "deepseek-v3-sparse", "glm4-moe",
-    "glm4-moe-mtp", "gpt-oss", "nemotron-h-moe", "qwen3-moe", "qwen3-next", "qwen3-next-mtp",
+    "glm4-moe-mtp", "gpt-oss", "kimi-k2", "nemotron-h-moe", "qwen3-moe", "qwen3-next", "qwen3-next-mtp",
 )  # fmt: skip
 KINDS = (*MIXTURES, "nemotron-h")
 ALIKE = ("deepseek-v3-sparse", "gpt-oss", "qwen3-moe")  # layers in one tensor, unless asked for one by one

@@ -203,7 +203,7 @@ def build_model(recipe: Recipe, values: Mapping[str, Any], sizes: Mapping[str, i
     """
     active = [(rule, layers) for rule, layers in active_rules(recipe, values, sizes) if layers]
     numbered = [layers for rule, layers in active if any("l" in side.name_axes for side in rule.mcore)]
-    if empty := set(range(sizes["l"])) - {layer for layers in numbered for layer in layers}:
+    if empty := set(range(sizes.get("l", 0))) - {layer for layers in numbered for layer in layers}:
         problem = Problem(
             file="config.json", found=f"{recipe.axes['l']} = {sizes['l']}", message=f"layers {sorted(empty)[:8]}"
         )
