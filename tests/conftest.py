@@ -10,7 +10,6 @@ import pytest
 
 import transcoder
 
-
 collect_ignore = ["megatron"]  # programs that tests start, some of which need modules that they make themselves
 
 
@@ -69,3 +68,12 @@ def folder(good: Path, tmp_path: Path) -> Path:
     from damage import copied
 
     return copied(good, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The iteration directory of every quantised kind; not to be changed."""
+    import quantised
+
+    place = tmp_path_factory.mktemp("mcore")
+    return {kind: quantised.imported(quantised.made(kind), place / kind) for kind in quantised.KINDS}

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import zoo
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from zoo import read, read_config
 from zoo_numbers import Config, Tensors, numbers, seeded
 
 import transcoder
+from transcoder import InputError
 
 KINDS = (*zoo.FP8_KINDS, *zoo.MXFP4_KINDS, "kimi-k2-int4", "kimi-k2-scalar")
 BLOCKWISE = KINDS[:-1]  # their scales can be found anew
@@ -231,3 +233,20 @@ def write_shards(directory: Path, shards: dict[str, Tensors], config: Config) ->
     for name, table in (("model.safetensors.index.json", index), ("config.json", config)):
         (directory / name).write_text(json.dumps(table, indent=2) + "\n")
     return directory
+
+
+def assert_equal(found: Tensors, wanted: Tensors) -> None:
+    """The same tensors of the same dtypes."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def refused(source: Path, place: Path, **options: Any) -> InputError:
+    """The refusal of an import, after which nothing is visible."""
+    place.mkdir()
+    with pytest.raises(InputError) as found:
+        transcoder.hf2mcore(source, place / "mcore", sync=False, **options)
+    assert not list(place.iterdir())
+    return found.value

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from naive import alike, decoded, expected, loaded, stacked
 from zoo import ALL_KINDS, FP8_KINDS, KINDS, MXFP4_KINDS, Tensors, made, read, read_config, write
 
 import transcoder
 from transcoder.api import plan_hf2mcore
+from transcoder.hfconfig import normalise
+from transcoder.recipe import Field, Recipe, evaluate
 from transcoder.recipes import registry
 
 Grid = dict[str, int]
@@ -124,3 +129,44 @@ def test_a_recipe_is_a_short_table() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in recipes.glob("*.py")}
     found = {name for name in lines if "RECIPE = " in (recipes / name).read_text()}
     assert len(found) >= 20 and all(lines[name] <= 40 for name in found)
+
+
+def expressions(recipe: Recipe) -> Iterator[str]:
+    """Everything that a recipe may ask of a config."""
+    yield from (*recipe.axes.values(), *recipe.kinds.values(), *recipe.model.values(), *recipe.checks, *recipe.outgoing)
+    yield from (
+        guard for guard in (*(rule.only for rule in recipe.rules), *(only for _, only in recipe.extra_state)) if guard
+    )
+    for text in recipe.model.values():
+        yield from text.back.values() if isinstance(text, Field) else ()
+
+
+@pytest.mark.parametrize(
+    "recipe", {recipe.name: recipe for recipe in registry().values()}.values(), ids=lambda r: r.name
+)
+def test_every_branch_of_every_expression_is_understood(recipe: Recipe) -> None:
+    found = 0
+    for text in expressions(recipe):
+        for node in ast.walk(ast.parse(text, mode="eval").body):
+            if isinstance(node, ast.expr) and not isinstance(node, ast.Name | ast.Constant):
+                with suppress(transcoder.InputError):  # understood: it only has no value without a config
+                    evaluate(ast.unparse(node), {})
+                found += 1
+    assert found > 10
+
+
+@pytest.mark.parametrize(
+    "recipe", {recipe.name: recipe for recipe in registry().values()}.values(), ids=lambda r: r.name
+)
+def test_checks_ask_for_config_fields_alone(recipe: Recipe) -> None:
+    names = {node.id for text in recipe.checks for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    assert not names & {*recipe.axes, *recipe.kinds, "layers"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_silent_on_ties_means_what_transformers_means(kind: str) -> None:
+    config = read_config(made(kind))
+    del config["tie_word_embeddings"]
+    model_type = "deepseek_v3" if config["model_type"] == "kimi_k2" else config["model_type"]
+    expected = transformers.AutoConfig.for_model(model_type).tie_word_embeddings
+    assert normalise(config, registry()[class_of(kind)].defaults)["tie_word_embeddings"] == expected

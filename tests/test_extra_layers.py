@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import quantised as q
@@ -45,15 +44,6 @@ def without(kind: str) -> Change:
     """No tensor for multi-token prediction; the config stays."""
     start = tuple(extra(kind))
     return lambda tensors, _: {name: tensor for name, tensor in tensors.items() if not name.startswith(start)}
-
-
-def refused(source: Path, place: Path, **options: Any) -> InputError:
-    """The refusal of an import, after which nothing is visible."""
-    place.mkdir()
-    with pytest.raises(InputError) as found:
-        transcoder.hf2mcore(source, place / "mcore", sync=False, **options)
-    assert not list(place.iterdir())
-    return found.value
 
 
 @pytest.mark.parametrize("kind", MTP)
@@ -144,7 +134,7 @@ def test_files_that_lack_the_promised_layers_come_back_unchanged(kind: str, tmp_
 @pytest.mark.parametrize("count", [0, 2, None])
 def test_a_config_that_tells_another_number_of_layers_is_refused(kind: str, count: int | None, tmp_path: Path) -> None:
     source = copy_of(kind, tmp_path / "source", lambda t, c: c.update(num_nextn_predict_layers=count) or t)
-    error = refused(source, tmp_path / "place")
+    error = q.refused(source, tmp_path / "place")
     wanted = "num_nextn_predict_layers" if not count else "model.layers.4.eh_proj.weight"
     named = {problem.tensor for problem in error.problems}
     assert wanted in str(error) or wanted in named or named & set(extra(kind)), error
@@ -157,7 +147,7 @@ def test_a_layer_of_which_a_part_is_missing_is_refused_by_name(kind: str, tmp_pa
         source = copy_of(
             kind, tmp_path / str(number), lambda t, _, name=name: {n: v for n, v in t.items() if n != name}
         )
-        error = refused(source, tmp_path / f"place{number}")
+        error = q.refused(source, tmp_path / f"place{number}")
         named = {problem.tensor for problem in error.problems}
         assert name in named or set(extra(kind)) - {name} <= named, name
 
@@ -175,7 +165,7 @@ def test_a_copy_that_differs_is_refused_with_both_names(kind: str, copy: str, pl
 
     source = copy_of(kind, tmp_path / "source", change)
     for options in ({}, {"workers": 3, "tp": 2, "pp": 2}, {"dtype": "float32"}):
-        error = refused(source, tmp_path / f"place{len(options)}", **options)
+        error = q.refused(source, tmp_path / f"place{len(options)}", **options)
         assert [row.tensor for row in error.problems] == [copy] and COPIES[copy] in str(error)
     with pytest.raises(InputError, match=re.escape(COPIES[copy])):
         transcoder.roundtrip(source, tmp_path / "back", sync=False)
@@ -189,7 +179,7 @@ def test_both_copies_that_differ_are_told_at_once(tmp_path: Path) -> None:
     def change(tensors: Tensors, _: Config) -> Tensors:
         return {name: -tensor if name in COPIES else tensor for name, tensor in tensors.items()}
 
-    error = refused(copy_of("deepseek-v3-mtp", tmp_path / "source", change), tmp_path / "place")
+    error = q.refused(copy_of("deepseek-v3-mtp", tmp_path / "source", change), tmp_path / "place")
     assert {problem.tensor for problem in error.problems} == set(COPIES)
 
 
@@ -199,7 +189,7 @@ def test_a_copy_of_zero_with_another_sign_differs(tmp_path: Path) -> None:
             tensors[name][5, 7] = 0.0 if name == "lm_head.weight" else -0.0
         return tensors
 
-    error = refused(copy_of("deepseek-v3-mtp", tmp_path / "source", change), tmp_path / "place")
+    error = q.refused(copy_of("deepseek-v3-mtp", tmp_path / "source", change), tmp_path / "place")
     assert [problem.tensor for problem in error.problems] == ["model.layers.3.shared_head.head.weight"]
 
 

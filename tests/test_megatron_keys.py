@@ -25,7 +25,7 @@ Case = dict[str, Any]
 Grid = tuple[int, int, int]  # tp, ep, etp
 
 MIXTURES = (
-    "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-mtp", "deepseek-v3-sparse", "glm4-moe",
+    "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-mtp", "deepseek-v3-sparse", "dots1", "glm4-moe",
     "glm4-moe-mtp", "gpt-oss", "kimi-k2", "nemotron-h-moe", "qwen3-moe", "qwen3-next", "qwen3-next-mtp",
 )  # fmt: skip
 KINDS = (*MIXTURES, "nemotron-h")

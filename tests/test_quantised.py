@@ -21,20 +21,6 @@ import transcoder
 LIKE = {"quantize": "like-source"}
 
 
-def assert_equal(found: Tensors, wanted: Tensors) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The iteration directory of every kind; not to be changed."""
-    place = tmp_path_factory.mktemp("mcore")
-    return {kind: q.imported(q.made(kind), place / kind) for kind in q.KINDS}
-
-
 @pytest.mark.parametrize("kind", q.KINDS)
 def test_the_megatron_files_are_those_of_the_model_that_torch_decoded(
     kind: str, checkpoints: dict[str, Path], tmp_path: Path
@@ -44,7 +30,7 @@ def test_the_megatron_files_are_those_of_the_model_that_torch_decoded(
         first = one or q.imported(q.made(kind), tmp_path / f"a{number}", **options)
         second = q.imported(q.plain(kind), tmp_path / f"b{number}", **options)
         if kind in zoo.MXFP4_KINDS:  # its tensors have other names in BF16 files, so the files are in another order
-            assert_equal(q.loaded(first), q.loaded(second))
+            q.assert_equal(q.loaded(first), q.loaded(second))
         else:
             assert q.payloads(first) == q.payloads(second)
 
@@ -63,7 +49,7 @@ def test_scales_in_another_shard_than_their_weights(kind: str, checkpoints: dict
     shards = {"model-00001-of-00002.safetensors": scales, "model-00002-of-00002.safetensors": tensors}
     source = q.write_shards(tmp_path / "source", shards, read_config(q.made(kind)))
     first = q.imported(source, tmp_path / "mcore", workers=2)
-    assert_equal(q.loaded(first), q.loaded(checkpoints[kind]))
+    q.assert_equal(q.loaded(first), q.loaded(checkpoints[kind]))
     transcoder.mcore2hf(first, tmp_path / "back", sync=False, workers=2, **LIKE)
     assert q.contents(tmp_path / "back") == q.contents(source)
 
@@ -71,7 +57,7 @@ def test_scales_in_another_shard_than_their_weights(kind: str, checkpoints: dict
 @pytest.mark.parametrize("kind", q.KINDS)
 def test_an_export_is_in_bfloat16_unless_asked(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     transcoder.mcore2hf(checkpoints[kind], tmp_path / "back", sync=False)
-    assert_equal(read(tmp_path / "back"), q.decoded(read(q.made(kind))))
+    q.assert_equal(read(tmp_path / "back"), q.decoded(read(q.made(kind))))
     assert read_config(tmp_path / "back") == q.plain_config(q.made(kind))
     index = tmp_path / "back" / "model.safetensors.index.json"
     assert not index.exists() or json.loads(index.read_text())["weight_map"].keys() == read(tmp_path / "back").keys()
@@ -168,7 +154,7 @@ def test_the_commands_convert_a_quantised_model(tmp_path: Path) -> None:
     assert back.report["status"] == "ok" and q.contents(tmp_path / "back") == q.contents(source)
     again = succeed("mcore2hf", tmp_path / "mcore", tmp_path / "plain", "--json")
     assert again.report["dtype"] == "bfloat16"
-    assert_equal(read(tmp_path / "plain"), q.decoded(read(source)))
+    q.assert_equal(read(tmp_path / "plain"), q.decoded(read(source)))
     refused = transcode("mcore2hf", tmp_path / "mcore", tmp_path / "no", "--quantize", "fp8", "--json")
     assert refused.code == 2 and not (tmp_path / "no").exists()
 

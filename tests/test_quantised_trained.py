@@ -19,20 +19,6 @@ from transcoder import InputError
 LIKE = {"quantize": "like-source"}
 
 
-def assert_equal(found: Tensors, wanted: Tensors) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The iteration directory of every kind; not to be changed."""
-    place = tmp_path_factory.mktemp("mcore")
-    return {kind: q.imported(q.made(kind), place / kind) for kind in q.KINDS}
-
-
 def codes_of(kind: str, name: str) -> torch.Tensor:
     """Every value that a weight of a codec can have under a scale of one."""
     if kind in zoo.MXFP4_KINDS:
@@ -77,7 +63,7 @@ def test_changed_blocks_get_fresh_scales_and_the_others_stay(kind: str, tmp_path
     for name in touched:
         check_anew(kind, name, original, back, weights[q.weight_name(name)])
     parts = {part for name in touched for part in (name, q.scale_name(name))}
-    assert_equal(
+    q.assert_equal(
         {n: t for n, t in back.items() if n not in parts}, {n: t for n, t in original.items() if n not in parts}
     )
     assert read_config(tmp_path / "back") == read_config(q.made(kind))
@@ -126,7 +112,7 @@ def test_one_scale_for_a_whole_weight_is_not_found_anew(tmp_path: Path) -> None:
         transcoder.mcore2hf(first, tmp_path / "back", hf_model=q.made("kimi-k2-scalar"), sync=False, **LIKE)
     assert found.value.kind == "quantised" and names(tmp_path) == ["mcore", "trained"]
     transcoder.mcore2hf(first, tmp_path / "back", hf_model=q.made("kimi-k2-scalar"), sync=False)
-    assert_equal(read(tmp_path / "back"), weights)
+    q.assert_equal(read(tmp_path / "back"), weights)
 
 
 def test_a_weight_of_one_block_gets_a_fresh_scale(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import quantised as q
@@ -49,15 +48,6 @@ def copy_of(kind: str, place: Path, change: Change) -> Path:
     return source
 
 
-def refused(source: Path, place: Path, **options: Any) -> InputError:
-    """The refusal of an import, after which nothing is visible."""
-    place.mkdir()
-    with pytest.raises(InputError) as found:
-        transcoder.hf2mcore(source, place / "mcore", sync=False, **options)
-    assert not list(place.iterdir())
-    return found.value
-
-
 def evidence(error: InputError) -> str:
     """What the refusal found."""
     assert error.kind == "variant" and all(problem.expected and problem.found for problem in error.problems)
@@ -73,7 +63,7 @@ def test_experts_in_both_spellings_are_refused_with_the_evidence(kind: str, tmp_
         return {**tensors, other: torch.ones(4, 72, 72, dtype=dtype)}
 
     source = copy_of(kind, tmp_path / "source", change)
-    error = refused(source, tmp_path / "place")
+    error = q.refused(source, tmp_path / "place")
     if not other.endswith("_blocks"):  # blocks without scales are refused as such
         shape = re.sub(r"\\\.\d+\\\.", r"\.\\d+\.", re.escape(one))
         assert other in evidence(error) and re.search(shape, evidence(error))
@@ -85,7 +75,7 @@ def test_experts_in_no_known_spelling_are_refused(kind: str, tmp_path: Path) -> 
     def change(tensors: Tensors, _: Config) -> Tensors:
         return {name.replace(".experts.", ".specialists."): tensor for name, tensor in tensors.items()}
 
-    error = refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
+    error = q.refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
     assert "no tensor like" in evidence(error) and "{" in evidence(error)
 
 
@@ -100,7 +90,7 @@ def test_one_layer_of_experts_in_the_other_spelling_is_refused(kind: str, tmp_pa
             return {**rest, start.replace("block_sparse_moe", "mlp") + "down_proj": torch.ones(4, 72, 72).bfloat16()}
         return {**rest, f"{start}0.down_proj.weight": torch.ones(72, 72).bfloat16()}
 
-    error = refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
+    error = q.refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
     assert error.problems
 
 
@@ -112,7 +102,7 @@ def test_two_prefixes_are_refused_with_the_evidence(kind: str, tmp_path: Path) -
     def change(tensors: Tensors, _: Config) -> Tensors:
         return {**tensors, name.replace(one, other): tensors[name].clone()}
 
-    error = refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
+    error = q.refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
     assert one in evidence(error) and name.replace(one, other) in evidence(error)
 
 
@@ -121,7 +111,7 @@ def test_an_unknown_prefix_is_refused(kind: str, tmp_path: Path) -> None:
     def change(tensors: Tensors, _: Config) -> Tensors:
         return {f"module.{name}": tensor for name, tensor in tensors.items()}
 
-    error = refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
+    error = q.refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
     assert "no tensor like" in evidence(error)
 
 
@@ -142,7 +132,7 @@ def square(kind: str, place: Path) -> Path:
 @pytest.mark.parametrize("kind", ["qwen3-vl-moe", "qwen3-vl-moe-resaved"])
 def test_square_experts_that_could_lie_either_way_are_refused(kind: str, tmp_path: Path) -> None:
     source = square(kind, tmp_path / "source")
-    error = refused(source, tmp_path / "place")
+    error = q.refused(source, tmp_path / "place")
     assert "[4, 72, 72]" in evidence(error)
     with pytest.raises(InputError):
         transcoder.roundtrip(source)
@@ -183,7 +173,7 @@ def test_a_bias_in_another_dtype_is_refused(kind: str, tmp_path: Path) -> None:
     def change(tensors: Tensors, _: Config) -> Tensors:
         return {n: t.half() if n.endswith("e_score_correction_bias") else t for n, t in tensors.items()}
 
-    error = refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
+    error = q.refused(copy_of(kind, tmp_path / "source", change), tmp_path / "place")
     problems = [problem for problem in error.problems if problem.tensor.endswith("e_score_correction_bias")]
     assert problems and all(problem.expected and problem.found == "float16" for problem in problems)
 

@@ -46,6 +46,10 @@ GLM: Config = {
     **EXPERTS, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
     "attention_bias": True,
 }  # fmt: skip
+DOTS1: Config = {
+    **EXPERTS, "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 2,
+    "topk_group": 1, "routed_scaling_factor": 2.5, "sliding_window": 8, "max_window_layers": 3,
+}  # fmt: skip
 GPT_OSS: Config = {
     "hidden_size": 96, "intermediate_size": 96, "head_dim": 8, "num_local_experts": 4,
     "max_position_embeddings": 131072,
@@ -190,6 +194,7 @@ KINDS: Mapping[str, Kind] = {
     "gemma3-vl-resaved": seeing("Gemma3", "gemma3", {"head_dim": 8}, SIGLIP, **TIED),
     "glm4-moe": text("Glm4Moe", "glm4_moe", GLM, use_qk_norm=True),
     "glm4-moe-mtp": text("Glm4Moe", "glm4_moe", GLM, num_hidden_layers=4).but(*_MTP, float32=_BIAS),
+    "dots1": text("Dots1", "dots1", DOTS1),
     "phi3": text("Phi3", "phi3", {}),
     "olmo2": text("Olmo2", "olmo2", {}),
     "olmo3": text("Olmo3", "olmo3", {}),

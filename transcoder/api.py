@@ -105,7 +105,8 @@ def _verify_import(plan: ImportPlan, folder: Path) -> None:
 
     dtypes = {name: tensor.family.dtype(plan.dtype) for name, tensor in plan.model.hf.items()}
     source = cast_view(hf_view(plan.source.path, follow_links=True), dtypes)
-    written = open_megatron(folder, plan.source.path, plan.architecture, quantised=True)
+    shapes = {name: tensor.shape for name, tensor in plan.model.hf.items()}
+    written = open_megatron(folder, None, plan.architecture, quantised=True, like=shapes)
     same(source, megatron_view(written), only=set(plan.model.hf))
 
 

@@ -17,7 +17,7 @@ from transcoder.spec import Box, Catalog, DType, TensorSpec, box_shape
 
 def check_hf(model: Model, catalog: Catalog, dtype: DType, ignored: Iterable[str] = ()) -> None:
     """Refuse unless the files hold exactly the tensors of the model. Raises InputError listing every problem."""
-    problems = [*_missing(model, catalog), *_unknown(model, catalog, set(ignored))]
+    problems = [*_missing(model, catalog), *_unknown(model, catalog, set(ignored)), *_biases(model, catalog)]
     for name, tensor in model.hf.items():
         spec = catalog.get(name)
         if spec is not None and spec.shape != tensor.shape:
@@ -65,6 +65,13 @@ def _unknown(model: Model, catalog: Catalog, ignored: set[str]) -> Iterator[Prob
             nearest = f"nearest is {near[0]} in recipe {model.recipe.name}" if near else f"recipe {model.recipe.name}"
             hint = "add a rule, or list the name under ignore"
             yield Problem(file=spec.chunks[0].file, tensor=name, rule=nearest, found="no rule matches", hint=hint)
+
+
+def _biases(model: Model, catalog: Catalog) -> Iterator[Problem]:
+    """A config that speaks of biases where no file holds one does not belong to these files."""
+    for name in ("attention_bias", "mlp_bias", "qkv_bias"):
+        if model.values.get(name) is True and not any(key.endswith("bias") for key in catalog):
+            yield Problem(file="config.json", message=f"{name} = True", expected="biases", found="none in any file")
 
 
 def ignored_names(model: Model, catalog: Catalog) -> set[str]:

@@ -57,7 +57,7 @@ class Payloads:
     """The files of a Hugging Face directory, mapped; weights are read as flat element ranges (raw bits)."""
 
     def __init__(self, source: HfDirectory) -> None:
-        self._views = {shard.name: map_file(source.path / shard.name) for shard in source.shards}
+        self._views = {shard.name: map_file(source.path / shard.name, source.follow_links) for shard in source.shards}
         self.weights = source.weights
 
     def bands(self, name: str) -> Iterator[tuple[int, int]]:

@@ -68,8 +68,11 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     return names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
 
 
-def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Config values with one spelling: `rope_theta`, `rope_type` and `dtype`, whichever release wrote the file."""
+def normalise(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Config values with one spelling: `rope_theta`, `rope_type` and `dtype`, whichever release wrote the file.
+
+    defaults: of fields that the config may leave out, as the architecture's class has them.
+    """
     values = dict(config)
     if isinstance(config.get("text_config"), dict):  # of a model with more than text; ties are declared at the top
         values |= {key: value for key, value in config["text_config"].items() if key not in _TOP}
@@ -83,8 +86,8 @@ def normalise(config: Mapping[str, Any]) -> dict[str, Any]:
         values["mrope_section"] = rope.get("mrope_section")
     values["dtype"] = values.get("dtype") or values.get("torch_dtype")
     _check_types(values)
-    if values.get("tie_word_embeddings") is None:
-        values["tie_word_embeddings"] = values.get("model_type") not in UNTIED_BY_DEFAULT
+    for name, value in {"tie_word_embeddings": False, **(defaults or {})}.items():
+        values[name] = value if values.get(name) is None else values[name]
     return values
 
 
@@ -116,10 +119,3 @@ def _check_types(values: Mapping[str, Any]) -> None:
 
 def _is_number(value: Any, limit: float) -> bool:
     return type(value) in (int, float) and 0 < value <= limit
-
-
-UNTIED_BY_DEFAULT = (  # defaults of the classes in transformers
-    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmoe", "qwen3_next", "nemotron_h"),
-    *("deepseek_v2", "deepseek_v3", "kimi_k2", "gpt_oss", "glm4_moe", "phi3", "olmo2", "olmo3", "granite"),
-    *("qwen3_vl", "qwen3_vl_moe"),
-)

@@ -134,7 +134,7 @@ def _model(
 ) -> tuple[Model, set[str]]:
     """The model of a directory, and the names of the tensors that are left out on request."""
     catalog = source.weights.catalog
-    values = normalise(source.config)
+    values = normalise(source.config, recipe.defaults)
     shapes = {name: spec.shape for name, spec in catalog.items()}
     values |= import_variants(recipe, shapes, given_sizes(recipe, values)[0], norm_names)
     largest = max([1, *(size for spec in catalog.values() for size in spec.shape)])

@@ -80,7 +80,7 @@ def open_megatron(
     config = read_config(reference) if reference else _implied_config(folder, store, arch)
     architecture = arch or architecture_of(config)
     recipe = recipe_for(architecture)
-    values = normalise(config)
+    values = normalise(config, recipe.defaults)
     dialect = dialect_of(store.tensors)
     original = open_hf(hf_model) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
     origin = original_of(original, table, config)

@@ -94,6 +94,7 @@ class Recipe:
     kinds: Mapping[str, str] = field(default_factory=dict)  # kind of layer → expression over the config and `l`
     hf_variants: Variants = field(default_factory=dict)
     mcore_variants: Variants = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of config fields, where they are not None
     outgoing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # guard → fields of an export's config.json
 
 

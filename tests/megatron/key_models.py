@@ -131,6 +131,10 @@ def _glm4_moe(config: Config) -> Config:
     return _dense(config) | _first_dense(config) | _sigmoid(config) | _mtp(config) | extra
 
 
+def _dots1(config: Config) -> Config:
+    return _dense(config) | _first_dense(config) | _sigmoid(config) | {"qk_layernorm": True}
+
+
 def _gpt_oss(config: Config) -> Config:
     """Biases everywhere, sinks, a window in every second layer."""
     window = {"window_size": (config["sliding_window"] - 1, 0), "window_attn_skip_freq": 2}
@@ -193,7 +197,7 @@ def _nemotron_h(config: Config) -> Config:
 
 FIELDS: dict[str, Callable[[Config], Config]] = {
     "deepseek_v2": _deepseek_v2, "deepseek_v3": _deepseek_v3, "kimi_k2": _deepseek_v3, "glm4_moe": _glm4_moe,
-    "gpt_oss": _gpt_oss, "qwen3_next": _qwen3_next, "nemotron_h": _nemotron_h, "qwen3_moe": _qwen3_moe,
+    "dots1": _dots1, "gpt_oss": _gpt_oss, "qwen3_next": _qwen3_next, "nemotron_h": _nemotron_h, "qwen3_moe": _qwen3_moe,
 }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class HfDirectory:
     index: bytes | None
     side_files: tuple[str, ...]
     warnings: tuple[str, ...]
+    follow_links: bool = False  # whether shards may be links that lead out of the directory
 
     @cached_property
     def catalog(self) -> dict[str, TensorSpec]:
@@ -65,7 +66,7 @@ def open_hf(path: Path, follow_links: bool = False) -> HfDirectory:
     shards = tuple(read_shard(path / name, follow_links) for name in names)
     _check_names(shards, weights)
     files, warnings = side_files(path, set(names))
-    return HfDirectory(path, config, shards, index, files, warnings)
+    return HfDirectory(path, config, shards, index, files, warnings, follow_links)
 
 
 def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | None]:

@@ -97,10 +97,10 @@ class TorchDist:
         return Chunk(box, item.file, item.offset + stored.start, stored.size, stored.crc)
 
 
-def map_file(path: Path) -> memoryview:
+def map_file(path: Path, follow_links: bool = False) -> memoryview:
     """A file's bytes, mapped read-only; an empty file gives an empty view. Raises InputError."""
     try:
-        with open_regular(path, follow_links=False) as file:
+        with open_regular(path, follow_links) as file:
             size = path.stat().st_size
             return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)) if size else memoryview(b"")
     except (OSError, ValueError) as error:

@@ -3,9 +3,7 @@
 from transcoder.recipe import Recipe, moved, moved_state
 from transcoder.recipes import blocks, experts, latent, mtp
 
-ROUTER = (experts.router(), *experts.per_expert(), *experts.fused(), *experts.shared_expert("mlp.shared_experts"))
-SPARSE = (*experts.EXPERT_NORM, *ROUTER, experts.EXPERT_BIAS)
-LAYER = (*latent.ATTENTION, *SPARSE)
+LAYER = (*latent.ATTENTION, *experts.BIASED)
 STATE = experts.EXPERT_STATE + experts.SHARED_STATE
 
 RECIPE = Recipe(
@@ -16,7 +14,7 @@ RECIPE = Recipe(
     rules=blocks.EMBED
     + latent.ATTENTION
     + moved(blocks.GATED_MLP, "not sparse")
-    + moved(SPARSE, "sparse")
+    + moved(experts.BIASED, "sparse")
     + mtp.counted_on(LAYER)
     + blocks.FINAL,
     extra_state=latent.ATTENTION_STATE

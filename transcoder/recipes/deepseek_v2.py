@@ -3,8 +3,6 @@
 from transcoder.recipe import Recipe, moved, moved_state
 from transcoder.recipes import blocks, experts, latent
 
-ROUTER = (experts.router(), *experts.per_expert(), *experts.fused(), *experts.shared_expert("mlp.shared_experts"))
-
 RECIPE = Recipe(
     name="deepseek_v2",
     hf={"DeepseekV2ForCausalLM": "deepseek_v2"},
@@ -13,7 +11,7 @@ RECIPE = Recipe(
     rules=blocks.EMBED
     + latent.ATTENTION
     + moved(blocks.GATED_MLP, "not sparse")
-    + moved((*experts.EXPERT_NORM, *ROUTER), "sparse")
+    + moved(experts.EXPERT_NORM + experts.ROUTED, "sparse")
     + blocks.FINAL,
     extra_state=latent.ATTENTION_STATE
     + moved_state(blocks.MLP_STATE, "not sparse")

@@ -205,3 +205,7 @@ GPT_OSS = {
     "yarn_correction_range_round_to_int": "rope_truncate",
 }
 GPT_OSS_CHECKS = {reason: EXPERT_CHECKS[reason] for reason in ("True", "num_experts_per_tok == 1")}
+
+# Router, experts and shared experts in the names of DeepSeek, without a bias and with one.
+ROUTED = (router(), *per_expert(), *fused(), *shared_expert("mlp.shared_experts"))
+BIASED = (*EXPERT_NORM, *ROUTED, EXPERT_BIAS)

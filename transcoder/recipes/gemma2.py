@@ -13,6 +13,7 @@ GEMMA_CHECKS = {
 RECIPE = Recipe(
     name="gemma2",
     hf={"Gemma2ForCausalLM": "gemma2"},
+    defaults={"tie_word_embeddings": True},
     axes=AXES | {"d": "head_dim or 256"},
     kinds={"sliding": "layer_types[l] == 'sliding_attention' if layer_types else l % 2 == 0"},
     rules=EMBED + SANDWICH + FINAL,

@@ -6,6 +6,7 @@ from transcoder.recipes import gemma3_text as text
 RECIPE = Recipe(
     name="gemma3",
     hf={"Gemma3ForCausalLM": "gemma3_text"},
+    defaults={"tie_word_embeddings": True},
     axes=text.AXES,
     rules=text.RULES,
     extra_state=text.STATE,

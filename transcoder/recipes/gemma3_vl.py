@@ -11,6 +11,7 @@ LAYER = "layers.{l}.input_layernorm.weight"
 RECIPE = Recipe(
     name="gemma3_vl",
     hf={"Gemma3ForConditionalGeneration": "gemma3"},
+    defaults={"tie_word_embeddings": True},
     axes=text.AXES | siglip.AXES,
     rules=moved(BEFORE, hf=("lm_head.", "language_model.lm_head."))
     + moved(text.RULES, NEW, INSIDE, ("model.", "model.language_model."))

@@ -4,8 +4,6 @@ from transcoder.recipe import Recipe, moved, moved_state
 from transcoder.recipes import blocks, experts, mtp
 
 ATTENTION = (*blocks.ATTENTION, blocks.qkv_bias("attention_bias"), *moved(blocks.QK_NORM, "use_qk_norm"))
-ROUTER = (experts.router(), *experts.per_expert(), *experts.fused(), *experts.shared_expert("mlp.shared_experts"))
-SPARSE = (*experts.EXPERT_NORM, *ROUTER, experts.EXPERT_BIAS)
 ATTENTION_STATE = blocks.ATTENTION_STATE + moved_state(blocks.QK_NORM_STATE, "use_qk_norm")
 STATE = experts.EXPERT_STATE + experts.SHARED_STATE
 
@@ -17,8 +15,8 @@ RECIPE = Recipe(
     rules=blocks.EMBED
     + ATTENTION
     + moved(blocks.GATED_MLP, "not sparse")
-    + moved(SPARSE, "sparse")
-    + mtp.counted_on((*ATTENTION, *SPARSE))
+    + moved(experts.BIASED, "sparse")
+    + mtp.counted_on((*ATTENTION, *experts.BIASED))
     + blocks.FINAL,
     extra_state=ATTENTION_STATE
     + moved_state(blocks.MLP_STATE, "not sparse")

@@ -6,7 +6,8 @@ Stored keys as in megatron/core/ssm/mamba_mixer.py and models/mamba (0.16), alwa
 
 from __future__ import annotations
 
-from transcoder.recipe import field_of, rule
+from transcoder.recipe import field_of, moved, rule
+from transcoder.recipes import blocks
 from transcoder.recipes.blocks import D
 from transcoder.recipes.experts import EXPERT_CHECKS, X
 
@@ -39,9 +40,7 @@ KINDS = {
 }
 EMBED = (
     rule("embedding.word_embeddings.weight [vocab pad]/tp h", "backbone.embeddings.weight vocab h"),
-    rule(
-        "output_layer.weight [vocab pad]/tp h", "lm_head.weight vocab h", only="not tie_word_embeddings", stage="last"
-    ),
+    blocks.EMBED[1],
     rule("decoder.final_norm.weight h", "backbone.norm_f.weight h", stage="last"),
 )
 _CONV = ("(mh mx)", "(ng sb)", "(ng sc)")
@@ -74,13 +73,7 @@ MIXER = (
 )
 ATTENTION = (
     rule(f"{D}self_attention.linear_qkv.layer_norm_weight h", f"{B}norm.weight h"),
-    rule(
-        f"{D}self_attention.linear_qkv.weight (g [(q d) k v])/tp h",
-        f"{N}q_proj.weight (g q d) h",
-        f"{N}k_proj.weight (g k) h",
-        f"{N}v_proj.weight (g v) h",
-    ),
-    rule(f"{D}self_attention.linear_proj.weight h (g q d)/tp", f"{N}o_proj.weight h (g q d)"),
+    *moved(blocks.ATTENTION[1:], hf=(f"{blocks.H}self_attn.", N)),
 )
 MLP = (
     rule(f"{D}mlp.linear_fc1.layer_norm_weight h", f"{B}norm.weight h"),
