@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-real check test test-full record wheel
+.PHONY: demo demo-generate demo-real check test test-full record wheel
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -19,6 +19,10 @@ $(VENV)/tests: $(VENV)/base
 # A small trained model: import at TP 2 x PP 2, inspect, verify, export, compare by SHA-256.
 demo: $(VENV)/base
 	bash examples/demo.sh
+
+# Text from the same model on megatron-core: one process, TP 2, PP 2, and transformers beside them.
+demo-generate: $(VENV)/tests
+	$(BIN)/python examples/generate_demo.py
 
 # The same with SmolLM2-135M-Instruct; installs torch and transformers to unpack it.
 demo-real: $(VENV)/tests

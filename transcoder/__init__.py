@@ -13,9 +13,11 @@ __all__ = [
     "OutputError",
     "TranscoderError",
     "UsageError",
+    "build_model",
     "check",
     "hf2mcore",
     "inspect",
+    "load",
     "mcore2hf",
     "open_checkpoint",
     "plan",
@@ -28,6 +30,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'transcoder' has no attribute {name!r}")
+    if name in ("build_model", "load"):
+        return _of_runtime(name)
     from transcoder import api, reading
 
     return getattr(api, name, None) or getattr(reading, name)
+
+
+def _of_runtime(name: str) -> Any:
+    """What needs torch and megatron-core."""
+    from transcoder.runtime import load, model
+
+    return {"build_model": model.build, "load": load.load}[name]

@@ -1,18 +1,21 @@
-"""The TransformerConfig of a parsed config.json."""
+"""The TransformerConfig of a parsed config.json, as `transcoder.hfconfig.normalise` spells it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from transcoder.errors import Problem, UsageError, refuse
 from transcoder.mesh import Mesh
 
 DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "OlmoeForCausalLM")
-CLASSES = DENSE + EXPERTS
+VISION = ("Qwen2_5_VLForConditionalGeneration",)
+CLASSES = DENSE + EXPERTS + VISION
 
 
 @dataclass
@@ -23,12 +26,19 @@ class ModelConfig(TransformerConfig):  # type: ignore[misc]
 
 
 def family(config: dict[str, Any]) -> str:
-    """The supported class name of a parsed config.json."""
+    """The supported class name of a parsed config.json. Raises InputError when it has none."""
     names = config.get("architectures") or []
     found = [name for name in names if name in CLASSES]
     if not found:
-        raise ValueError(f"the runtime cannot build {names or config.get('model_type')}: it knows {', '.join(CLASSES)}")
+        problem = Problem(file="config.json", expected=", ".join(CLASSES), found=f"{names or config.get('model_type')}")
+        raise refuse("architecture", "the runtime cannot build this architecture", [problem])
     return str(found[0])
+
+
+def _unsupported(found: str, expected: str) -> Exception:
+    return refuse(
+        "config", "the runtime cannot build this model", [Problem("", "config.json", "", "", expected, found)]
+    )
 
 
 def head_size(config: dict[str, Any]) -> int:
@@ -62,7 +72,7 @@ def _window_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 def _bias_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Megatron has one switch for all biases, and one more for QKV alone."""
-    if family(config) in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM"):
+    if family(config) in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", *VISION):
         return {"add_bias_linear": False, "add_qkv_bias": bool(config.get("qkv_bias", True))}
     attention = bool(config.get("attention_bias"))
     return {"add_bias_linear": attention or bool(config.get("mlp_bias")), "add_qkv_bias": attention}
@@ -71,7 +81,7 @@ def _bias_fields(config: dict[str, Any]) -> dict[str, Any]:
 def _shape_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Sizes and the norm's epsilon."""
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported: only silu")
+        raise _unsupported(f"hidden_act {config['hidden_act']!r}", "silu")
     return {
         "num_layers": int(config["num_hidden_layers"]),
         "hidden_size": int(config["hidden_size"]),
@@ -96,7 +106,7 @@ def sparse_layers(config: dict[str, Any]) -> list[int]:
 def _router_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Softmax over the chosen experts where Hugging Face renormalises, else over all."""
     if config.get("clip_qkv") is not None:
-        raise ValueError("clip_qkv has no counterpart in megatron-core")
+        raise _unsupported(f"clip_qkv {config['clip_qkv']}", "null: megatron-core has no counterpart")
     renormalised = family(config) == "MixtralForCausalLM" or bool(config.get("norm_topk_prob"))
     return {
         "moe_router_topk": int(config["num_experts_per_tok"]),
@@ -131,6 +141,22 @@ def _expert_fields(config: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     return fields | _router_fields(config) | _shared_fields(config)
 
 
+def is_multimodal(config: dict[str, Any]) -> bool:
+    """Whether positions have three rows: time, height and width."""
+    return family(config) in VISION
+
+
+def _position_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """How many frequencies belong to time, height and width."""
+    if not is_multimodal(config):
+        return {}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    section = rope.get("mrope_section")
+    if not section or 2 * sum(section) != head_size(config):
+        raise _unsupported(f"mrope_section {section}", f"three numbers that add up to {head_size(config) // 2}")
+    return {"mrope_section": list(section)}
+
+
 def _type_fields(dtype: str) -> dict[str, Any]:
     """The compute type, in the three places that ask for it."""
     kind = getattr(torch, dtype)
@@ -162,5 +188,31 @@ _CONSTANTS: dict[str, Any] = {
 def transformer_config(config: dict[str, Any], mesh: Mesh, dtype: str = "float32") -> ModelConfig:
     """The TransformerConfig of a parsed config.json."""
     fields = _shape_fields(config) | _bias_fields(config) | _window_fields(config) | _expert_fields(config, mesh)
+    fields |= _position_fields(config)
     fields |= {"tensor_model_parallel_size": mesh.tp, "pipeline_model_parallel_size": mesh.pp}
     return ModelConfig(**_CONSTANTS, **_type_fields(dtype), **fields)
+
+
+def _limits(config: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """(mesh, name, count) for what a mesh must divide."""
+    yield "tp", "attention heads", int(config["num_attention_heads"])
+    sparse = sparse_layers(config)
+    if not all(sparse):
+        yield "tp", "rows of the feed-forward", int(config["intermediate_size"])
+    if any(sparse):
+        yield "ep", "experts", int(config.get("num_experts") or config["num_local_experts"])
+        yield "etp", "rows of an expert", int(config.get("moe_intermediate_size") or config["intermediate_size"])
+    yield "pp", "layers", int(config["num_hidden_layers"])
+
+
+def check_grid(config: dict[str, Any], mesh: Mesh, processes: int) -> None:
+    """Raise UsageError for a grid that does not divide the model, or that the processes cannot form."""
+    mesh.check_positive()
+    mesh.check(_limits(config), int(config["num_hidden_layers"]))
+    groups = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    if groups % mesh.tp and mesh.tp % groups:
+        message = f"--tp {mesh.tp} and the {groups} query groups do not divide one another"
+        raise UsageError(message, kind="mesh")
+    if processes % (mesh.tp * mesh.pp) or processes % (mesh.ep * mesh.etp * mesh.pp):
+        message = f"this grid needs {mesh.world} processes or a multiple, there are {processes}"
+        raise UsageError(f"{message}; start with torchrun --nproc-per-node {mesh.world}", kind="mesh")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -118,17 +117,3 @@ class HFColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     def _forward_impl(self, input: Any, weight: Any, *_args: Any, bias: Any = None, **_kwargs: Any) -> Any:
         """x W' + b in one step."""
         return functional.linear(input, weight, bias)
-
-
-class StaticRotary(RotaryEmbedding):  # type: ignore[misc]
-    """Rotary angles from given float32 frequencies, on the device of those."""
-
-    def __init__(self, inv_freq: Any) -> None:
-        super().__init__(2 * inv_freq.numel(), 1.0, use_cpu_initialization=True)
-        self.inv_freq = inv_freq.float()
-
-    def forward(self, max_seq_len: int, offset: int = 0, *_args: Any, **_kwargs: Any) -> Any:
-        """Angles [positions, 1, 1, head size]."""
-        positions = torch.arange(offset, offset + max_seq_len, dtype=torch.float32, device=self.inv_freq.device)
-        angles = torch.outer(positions, self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

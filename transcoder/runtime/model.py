@@ -1,14 +1,28 @@
-"""Builds the megatron-core GPT model of a Hugging Face config.json, and runs it forward."""
+"""Builds the megatron-core GPT model of a Hugging Face config.json, and runs it forward, with a cache or without.
+
+    model = build("path/of/a/model", tp=2)                     # this rank's stage
+    cache = KVCache(model, batch=1, length=512)                # keys and values of up to 512 tokens
+    logits = stage_forward(model, prompt, cache=cache, last_only=True)       # [1, 1, vocabulary] on the last stage
+    logits = stage_forward(model, next_token, cache=cache)                   # [1, 1, vocabulary], one position more
+
+Every rank makes the same calls with tokens of the same shape. megatron-core's own static cache keeps keys before the
+rotation and rotates all of them again at every step; ours keeps them rotated, as transformers does.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from transcoder.errors import PathLike, UsageError
+from transcoder.hfconfig import normalise, read_config
 from transcoder.mesh import Mesh
 from transcoder.runtime.device import init_parallel, install_cuda_shim
 
@@ -17,9 +31,8 @@ install_cuda_shim()
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
-from transcoder.runtime.config import transformer_config  # noqa: E402
-from transcoder.runtime.layers import StaticRotary  # noqa: E402
-from transcoder.runtime.rotary import rotary  # noqa: E402
+from transcoder.runtime.config import check_grid, is_multimodal, transformer_config  # noqa: E402
+from transcoder.runtime.rotary import MultimodalRotary, Rotary, rotary  # noqa: E402
 from transcoder.runtime.specs import local_layers  # noqa: E402
 
 
@@ -45,23 +58,24 @@ def _construct(config: dict[str, Any], mcore: Any, layers: Any, tp: int) -> Any:
         mcore,
         layers,
         vocab_size=-(-vocab // tp) * tp,
-        max_sequence_length=int(config.get("max_position_embeddings", 2048)),
+        max_sequence_length=int(config.get("max_position_embeddings") or 2048),
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         parallel_output=False,
-        share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
-        position_embedding_type="rope",
+        share_embeddings_and_output_weights=bool(config["tie_word_embeddings"]),
+        position_embedding_type="mrope" if is_multimodal(config) else "rope",
     )
 
 
-def _set_rotary(model: Any, config: dict[str, Any]) -> None:
+def _set_rotary(model: Any, config: dict[str, Any], device: str) -> None:
     """Give the model our frequencies; megatron takes the factor from an attribute of its configuration."""
     inv_freq, factor = rotary(config)
     if factor < 1.0:
         raise ValueError(f"a rotary attention factor below 1 ({factor}) is not supported")
     if factor != 1.0:
         model.config.yarn_rotary_scaling_factor = math.exp((factor - 1.0) / 0.1)
-    model.rotary_pos_emb = StaticRotary(inv_freq)
+    kind = MultimodalRotary if is_multimodal(config) else Rotary
+    model.rotary_pos_emb = kind(inv_freq.to(device))
 
 
 def build_model(
@@ -69,21 +83,120 @@ def build_model(
     mesh: Mesh,
     dtype: str = "float32",
     layer_spec: str | Callable[[Any], Any] = "local",
+    device: str = "cpu",
 ) -> Any:
-    """This rank's stage of the model, parameters unset.
+    """This rank's stage of the model that a parsed config.json describes, parameters unset.
 
     `layer_spec` is "local", or a function from ModelConfig to TransformerBlockSubmodules.
     """
     if isinstance(layer_spec, str) and layer_spec != "local":
         raise ValueError(f"unknown layer spec {layer_spec!r}")
+    values = normalise(config)
+    processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    check_grid(values, mesh, processes)
     init_parallel(mesh)
-    mcore = transformer_config(config, mesh, dtype)
-    layers = local_layers(mcore) if isinstance(layer_spec, str) else layer_spec(mcore)
-    model = _construct(config, mcore, layers, mesh.tp)
-    model.real_vocab = int(config["vocab_size"])
-    _set_rotary(model, config)
+    mcore = transformer_config(values, mesh, dtype)
+    with torch.device(device):
+        layers = local_layers(mcore) if isinstance(layer_spec, str) else layer_spec(mcore)
+        model = _construct(values, mcore, layers, mesh.tp)
+    model.real_vocab = int(values["vocab_size"])
+    _set_rotary(model, values, device)
     cast_parameters(model, mcore.params_dtype)
     return model.eval()
+
+
+def build(
+    path_or_config: PathLike | dict[str, Any],
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    dtype: str = "float32",
+    device: str = "",
+    hf_model: PathLike | None = None,
+) -> Any:
+    """This rank's stage of a model, parameters unset: fill it with `transcoder.load`. Public as `build_model`.
+
+    path_or_config: a Hugging Face directory, a Megatron checkpoint that carries one (or `hf_model` names it), or a
+    parsed config.json. tp, pp, ep, etp: the grid; without torchrun one process is a grid of 1. dtype: of parameters
+    and of the computation. device: `cpu` or `cuda`, by default a GPU if there is one. Of Qwen2.5-VL the language
+    model is built. Raises InputError for a model that the runtime does not know, UsageError for a grid that does not
+    fit it.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype {dtype}: give float32, bfloat16 or float16", kind="dtype")
+    config = path_or_config if isinstance(path_or_config, dict) else config_of(path_or_config, hf_model)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return build_model(config, Mesh(tp, pp, ep, etp), dtype, device=place)
+
+
+def config_of(path: PathLike, hf_model: PathLike | None = None) -> dict[str, Any]:
+    """The parsed config.json of a Hugging Face directory, or of the one that a Megatron checkpoint carries."""
+    return read_config(reference_of(path, hf_model))
+
+
+def reference_of(path: PathLike, hf_model: PathLike | None = None) -> Path:
+    """The directory with config.json and tokenizer: `hf_model`, `path`, or what the Megatron checkpoint `path` has."""
+    from transcoder.iterations import find_iteration
+
+    given = Path(hf_model or path)
+    if hf_model is not None or (given / "config.json").is_file():
+        return given
+    folder = find_iteration(given)
+    places = (folder / "hf", folder.parent / "huggingface", folder.parent.parent / "huggingface")
+    return next((place for place in places if (place / "config.json").is_file()), given)
+
+
+class KVCache:
+    """Rotated keys and values of every layer of this stage, for `batch` sequences of at most `length` tokens.
+
+    `used` counts the tokens that it holds; `stage_forward` adds those that it is given. `reset` empties it.
+    """
+
+    def __init__(self, model: Any, batch: int, length: int) -> None:
+        self.length, self.used = length, 0
+        self._batch, self._model = batch, model
+        self._memory: dict[int, tuple[Any, Any]] = {}
+
+    def reset(self) -> None:
+        """Forget every token; the memory is kept."""
+        self.used = 0
+
+    def _layer(self, number: int, like: Any) -> tuple[Any, Any]:
+        """Memory of a layer, [batch, heads, length, size] each, made when first needed."""
+        if number not in self._memory:
+            shape = (self._batch, like.shape[2], self.length, like.shape[3])
+            self._memory[number] = like.new_empty(shape), like.new_empty(shape)
+        return self._memory[number]
+
+    def extended(self, number: int, key: Any, value: Any) -> tuple[Any, Any]:
+        """Store keys and values [s, b, heads, size] behind those of a layer; all of them, in the same layout."""
+        last = self.used + key.shape[0]
+        found = []
+        for memory, new in zip(self._layer(number, key), (key, value), strict=True):
+            memory[:, :, self.used : last] = new.permute(1, 2, 0, 3)
+            found.append(memory[:, :, :last].permute(2, 0, 1, 3))
+        return found[0], found[1]
+
+    @contextmanager
+    def attached(self, count: int) -> Iterator[None]:
+        """Let the model's attention see what is cached during one forward of `count` tokens. Raises UsageError."""
+        if self.used + count > self.length:
+            message = f"{self.used} + {count} tokens do not fit a cache of {self.length}"
+            raise UsageError(message, kind="length")
+        with ExitStack() as stack:
+            for layer in self._model.decoder.layers:
+                hook = layer.self_attention.core_attention.register_forward_pre_hook(self._hook(layer.layer_number))
+                stack.callback(hook.remove)
+            yield
+        self.used += count
+
+    def _hook(self, number: int) -> Callable[[Any, Any], Any]:
+        def replaced(_module: Any, inputs: Any) -> Any:
+            query, key, value, *rest = inputs
+            return (query, *self.extended(number, key, value), *rest)
+
+        return replaced
 
 
 def _receive(model: Any, tokens: Any) -> None:
@@ -94,13 +207,46 @@ def _receive(model: Any, tokens: Any) -> None:
     model.set_input_tensor(hidden)
 
 
+def _positions(model: Any, tokens: Any, positions: Any, first: int) -> Any:
+    """Positions [b or 1, s], with three rows in front for a multimodal model."""
+    if positions is None:
+        positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+    if model.position_embedding_type == "mrope":
+        return positions if positions.dim() == 3 else positions.expand(3, *positions.shape)
+    model.rotary_pos_emb.positions = positions
+    return positions
+
+
+def _only_last(_module: Any, inputs: Any) -> Any:
+    return (inputs[0][-1:], *inputs[1:])
+
+
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def stage_forward(model: Any, tokens: Any) -> Any:
-    """One forward over the pipeline, tokens [b, s] on every rank: logits [b, s, vocabulary] on the last stage."""
-    if not model.pre_process:
-        _receive(model, tokens)
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    out = model(tokens, positions, None)
+def stage_forward(
+    model: Any,
+    tokens: Any,
+    positions: Any = None,
+    cache: KVCache | None = None,
+    *,
+    embeddings: Any = None,
+    last_only: bool = False,
+) -> Any:
+    """One forward over the pipeline, tokens [b, s] on every rank: logits [b, s, vocabulary] on the last stage.
+
+    positions: of these tokens alone, [b, s], or [3, b, s] for Qwen2.5-VL; by default those after the cached ones.
+    cache: of this stage; the tokens are added to it, and see all that it holds. embeddings: [s, b, hidden] in place
+    of those of the tokens (first stage only; tokens still give the shape). last_only: logits of the last position
+    alone, [b, 1, vocabulary]. The other stages return None. Raises UsageError when the cache is full.
+    """
+    placed = _positions(model, tokens, positions, cache.used if cache else 0)
+    with ExitStack() as stack:
+        if cache is not None:
+            stack.enter_context(cache.attached(tokens.shape[1]))
+        if last_only and model.post_process:
+            stack.callback(model.output_layer.register_forward_pre_hook(_only_last).remove)
+        if not model.pre_process:
+            _receive(model, tokens)
+        out = model(tokens, placed, None, decoder_input=embeddings if model.pre_process else None)
     if model.post_process:
         return out[..., : model.real_vocab]
     dist.send(out.contiguous(), mpu.get_pipeline_model_parallel_next_rank())

@@ -1,0 +1,84 @@
+"""`torchrun -m transcoder.generate`: greedy text, about images too, from a Hugging Face or a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import click
+
+from transcoder.errors import UsageError, refuse
+from transcoder.mesh import Mesh
+from transcoder.options import options
+from transcoder.runtime.arguments import CONTEXT, MODEL, PLACE, PROMPT
+from transcoder.runtime.process import choose_device, fail, guarded
+
+
+@click.command(context_settings=CONTEXT)
+@options(MODEL, PROMPT, PLACE)
+@click.option("--batch-file", default=None, metavar="FILE", help="prompts, one a line")
+@click.option("--max-new-tokens", default=20, show_default=True, type=click.IntRange(min=1), metavar="N")
+@click.option("--no-cache", is_flag=True, help="recompute the whole text for every token")
+@click.option("--verbose", is_flag=True, help="the lines of every step, not of the first five alone")
+def generate(**chosen: Any) -> int:
+    """Continue a prompt greedily on a megatron-core model, in one process or under torchrun."""
+    return guarded(lambda: _run(chosen), chosen["log_level"] == "debug")
+
+
+def _run(chosen: dict[str, Any]) -> int:
+    for name in ("hf_model_path", "megatron_model_path"):  # before anything slow is imported
+        if chosen[name] is not None and not Path(chosen[name]).is_dir():
+            raise refuse("not-found", f"{chosen[name]}: no such directory")
+    device = choose_device(chosen["device"])  # before megatron-core looks for a GPU
+    from transcoder.runtime.generation import DESCRIBE, Asked, run
+    from transcoder.runtime.text import read_prompts
+
+    prompts = [chosen["prompt"]] if chosen["prompt"] is not None else []
+    if chosen["batch_file"] is not None:
+        if prompts:
+            raise UsageError("give --prompt or --batch-file, not both", kind="usage")
+        prompts = read_prompts(Path(chosen["batch_file"]))
+    if not prompts and not chosen["image_path"]:
+        raise UsageError("give --prompt TEXT or --batch-file FILE", kind="usage")
+    asked = Asked(
+        tuple(prompts or [DESCRIBE]),
+        chosen["image_path"],
+        chosen["chat"],
+        chosen["max_new_tokens"],
+        not chosen["no_cache"],
+        chosen["verbose"],
+    )
+    mesh = Mesh(chosen["tp"], chosen["pp"], chosen["ep"], chosen["etp"])
+    return run(asked, chosen["hf_model_path"], chosen["megatron_model_path"], mesh, chosen | {"device": device})
+
+
+def _hush() -> None:
+    """Keep what libraries remark while they are imported off the terminal."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def main() -> None:
+    """The entry point: usage errors end the job like all others."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    _hush()
+    try:
+        status = generate.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        status = stop.exit_code
+    except click.ClickException as error:
+        status = fail(UsageError(error.format_message(), kind="usage"))
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()
