@@ -43,7 +43,7 @@ record: $(VENV)/tests
 
 # The full matrices against megatron-core.
 test-full: $(VENV)/tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python -m pytest -m slow
 
 # A wheel holds what the source tree holds, kernels/ and the schema included.
 wheel: $(VENV)/base
