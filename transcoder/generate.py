@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import warnings
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from transcoder.errors import UsageError, refuse
 from transcoder.mesh import Mesh
 from transcoder.options import options
 from transcoder.runtime.arguments import CONTEXT, MODEL, PLACE, PROMPT
-from transcoder.runtime.process import choose_device, fail, guarded
+from transcoder.runtime.process import choose_device, fail, guarded, hush
 
 
 @click.command(context_settings=CONTEXT)
@@ -57,20 +54,12 @@ def _run(chosen: dict[str, Any]) -> int:
     return run(asked, chosen["hf_model_path"], chosen["megatron_model_path"], mesh, chosen | {"device": device})
 
 
-def _hush() -> None:
-    """Keep what libraries remark while they are imported off the terminal."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
 def main() -> None:
     """The entry point: usage errors end the job like all others."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    _hush()
+    hush()
     try:
         status = generate.main(standalone_mode=False)
     except click.exceptions.Exit as stop:

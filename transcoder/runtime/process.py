@@ -6,9 +6,11 @@ torchrun then ends the others, which die in whatever collective they wait in bec
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -136,3 +138,11 @@ def _part() -> None:
         from transcoder.runtime.device import shutdown
 
         shutdown()
+
+
+def hush() -> None:
+    """Keep what libraries remark while they are imported off the terminal."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -114,10 +114,10 @@ class Conversation:
         placed = self.positions.between(start, len(self.ids), self.device) if self.positions else None
         last_only = tokens.shape[1] * self.stage.real_vocab > FULL_LOGITS
         return stage_forward(
-            self.stage, tokens, placed, self.cache, embeddings=self._embeddings(tokens, start), last_only=last_only
+            self.stage, tokens, placed, self.cache, embeddings=self.embeddings(tokens, start), last_only=last_only
         )
 
-    def _embeddings(self, tokens: Any, start: int) -> Any:
+    def embeddings(self, tokens: Any, start: int) -> Any:
         """With images in the prompt: the embeddings, which the tokens alone do not give. Else None."""
         if self.features is None or start >= self.prompt_length:
             return None

@@ -1,0 +1,91 @@
+"""`torchrun -m transcoder.compare`: one prompt in Hugging Face and on megatron-core, and the first module that differs.
+
+With `--diff LOG_A LOG_B` two logs of earlier runs are compared instead, and no model is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import click
+
+from transcoder.errors import DifferenceError, UsageError, refuse
+from transcoder.mesh import Mesh
+from transcoder.options import options
+from transcoder.runtime.arguments import CONTEXT, MODEL, PLACE, PROMPT
+from transcoder.runtime.process import choose_device, fail, guarded, hush, place
+
+DEBUG = [
+    click.option("--model-class", default=None, metavar="NAME", help="class of transformers; default: config.json's"),
+    click.option("--enable-debug-hooks", is_flag=True, help="log every module, name the first that differs"),
+    click.option("--backward", is_flag=True, help="log gradients too, in one process"),
+    click.option("--log-dir", default=None, metavar="DIR", help="where logs go; default: the working directory"),
+    click.option("--diff", default=None, nargs=2, metavar="LOG_A LOG_B", help="compare two forward logs; no model"),
+    click.option("--html", default=None, metavar="FILE", help="draw divergence by layer"),
+]
+
+
+@click.command(context_settings=CONTEXT)
+@options(MODEL, PROMPT, PLACE, DEBUG)
+@click.option("--verbose", is_flag=True, help="tracebacks of errors")
+def compare(**chosen: Any) -> int:
+    """Compare one forward pass in Hugging Face and in megatron-core; exit status 5 when they differ."""
+    return guarded(lambda: _run(chosen), chosen["verbose"])
+
+
+def _run(chosen: dict[str, Any]) -> int:
+    if chosen["diff"] is not None:
+        one, other = map(Path, chosen["diff"])
+        return _diff(one, other, chosen["html"])
+    for name in ("hf_model_path", "megatron_model_path"):  # before anything slow is imported
+        if chosen[name] is not None and not Path(chosen[name]).is_dir():
+            raise refuse("not-found", f"{chosen[name]}: no such directory")
+    if chosen["hf_model_path"] is None:
+        raise UsageError("give --hf_model_path: the weights to compare with are there", kind="usage")
+    if chosen["prompt"] is None and not chosen["image_path"]:
+        raise UsageError("give --prompt TEXT", kind="usage")
+    device = choose_device(chosen["device"])  # before megatron-core looks for a GPU
+    from transcoder.runtime.comparison import run
+    from transcoder.runtime.generation import DESCRIBE, Asked
+
+    prompt = chosen["prompt"] if chosen["prompt"] is not None else DESCRIBE
+    asked = Asked((prompt,), chosen["image_path"], chosen["chat"])
+    mesh = Mesh(chosen["tp"], chosen["pp"], chosen["ep"], chosen["etp"])
+    return run(asked, chosen["hf_model_path"], chosen["megatron_model_path"], mesh, chosen | {"device": device})
+
+
+def _diff(one: Path, other: Path, html: str | None) -> int:
+    """Compare two logs; the first is the reference unless it is Megatron's and the second is not."""
+    from transcoder.runtime import divergence, drawing
+
+    records = [divergence.read_log(path) for path in (one, other)]
+    if [each[0]["model"] for each in records if each] == ["megatron", "hf"]:
+        records.reverse()
+    compared = divergence.compare(*records)
+    if place().rank == 0:
+        print(divergence.line(compared), flush=True)
+        if html is not None:
+            drawing.write(Path(html), compared, f"{one} and {other}")
+    return 0 if divergence.first(compared) is None else DifferenceError.exit_code
+
+
+def main() -> None:
+    """The entry point: usage errors end the job like all others."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    hush()
+    try:
+        status = compare.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        status = stop.exit_code
+    except click.ClickException as error:
+        status = fail(UsageError(error.format_message(), kind="usage"))
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()
