@@ -5,8 +5,6 @@ With `--diff LOG_A LOG_B` two logs of earlier runs are compared instead, and no 
 
 from __future__ import annotations
 
-import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from transcoder.errors import DifferenceError, UsageError, refuse
 from transcoder.mesh import Mesh
 from transcoder.options import options
 from transcoder.runtime.arguments import CONTEXT, MODEL, PLACE, PROMPT
-from transcoder.runtime.process import choose_device, fail, guarded, hush, place
+from transcoder.runtime.process import choose_device, enter, guarded, place
 
 DEBUG = [
     click.option("--model-class", default=None, metavar="NAME", help="class of transformers; default: config.json's"),
@@ -72,20 +70,5 @@ def _diff(one: Path, other: Path, html: str | None) -> int:
     return 0 if divergence.first(compared) is None else DifferenceError.exit_code
 
 
-def main() -> None:
-    """The entry point: usage errors end the job like all others."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    hush()
-    try:
-        status = compare.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        status = stop.exit_code
-    except click.ClickException as error:
-        status = fail(UsageError(error.format_message(), kind="usage"))
-    sys.exit(status or 0)
-
-
 if __name__ == "__main__":
-    main()
+    enter(compare)

@@ -7,7 +7,7 @@ byte is read once and every target byte written once. Workers own groups of tens
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
@@ -53,6 +53,12 @@ def elements(data: memoryview, dtype: DType) -> Array:
     return np.frombuffer(data, dtype=f"<u{dtype.size}")
 
 
+def stored(views: Mapping[str, memoryview], spec: TensorSpec, start: int, stop: int) -> Array:
+    """The elements [start, stop) of a tensor of a mapped safetensors file, in place."""
+    base, size = spec.chunks[0].offset, spec.dtype.size
+    return elements(views[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
+
+
 class Payloads:
     """The files of a Hugging Face directory, mapped; weights are read as flat element ranges (raw bits)."""
 
@@ -95,8 +101,7 @@ class Payloads:
 
     def stored(self, spec: TensorSpec, start: int, stop: int) -> Array:
         """The elements [start, stop) of a tensor as they are stored, in place."""
-        base, size = spec.chunks[0].offset, spec.dtype.size
-        return elements(self._views[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
+        return stored(self._views, spec, start, stop)
 
 
 def scatter(atlas: Atlas, tensor: HfTensor, start: int, band: Array, sink: Sink) -> None:

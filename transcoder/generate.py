@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from transcoder.errors import UsageError, refuse
 from transcoder.mesh import Mesh
 from transcoder.options import options
 from transcoder.runtime.arguments import CONTEXT, MODEL, PLACE, PROMPT
-from transcoder.runtime.process import choose_device, fail, guarded, hush
+from transcoder.runtime.process import choose_device, enter, guarded
 
 
 @click.command(context_settings=CONTEXT)
@@ -54,20 +52,5 @@ def _run(chosen: dict[str, Any]) -> int:
     return run(asked, chosen["hf_model_path"], chosen["megatron_model_path"], mesh, chosen | {"device": device})
 
 
-def main() -> None:
-    """The entry point: usage errors end the job like all others."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    hush()
-    try:
-        status = generate.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        status = stop.exit_code
-    except click.ClickException as error:
-        status = fail(UsageError(error.format_message(), kind="usage"))
-    sys.exit(status or 0)
-
-
 if __name__ == "__main__":
-    main()
+    enter(generate)

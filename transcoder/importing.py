@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product as combinations
@@ -84,12 +84,7 @@ def plan_import(
     follow_links: bool = False,
 ) -> ImportPlan:
     """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
-    if layout and layout not in DIALECTS:
-        raise UsageError(f"layout {layout!r}: give one of {', '.join(DIALECTS)}", kind="layout")
-    if divisor < 1:
-        raise UsageError(f"--make-vocab-size-divisible-by {divisor}: give a number of 1 or more", kind="vocabulary")
-    if mtp not in ("keep", "drop"):
-        raise UsageError(f"mtp {mtp!r}: give keep or drop", kind="mtp")
+    _check_options(layout, divisor, mtp)
     mesh.check_positive()
     source = open_hf(src, follow_links)
     catalog = source.weights.catalog
@@ -104,14 +99,7 @@ def plan_import(
     placement = place(wanted, model.objects(), mesh.world)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
-    notes = (
-        *source.warnings,
-        *not_quantised(source.weights, source.config),
-        *warnings,
-        *(f"weights only: {reason}" for reason in model.weights_only()),
-        *(f"{name} is ignored by the recipe" for name in sorted(ignored)),
-        *([f"{len(dropped)} tensors of multi-token prediction are dropped"] if dropped else []),
-    )
+    notes = tuple(_remarks(source, model, warnings, ignored, dropped))
     padded = model.sizes["vocab"] + model.sizes["pad"]
     return ImportPlan(
         source,
@@ -127,6 +115,27 @@ def plan_import(
         tuple(sorted(ignored)),
         notes,
     )
+
+
+def _check_options(layout: str, divisor: int, mtp: str) -> None:
+    if layout and layout not in DIALECTS:
+        raise UsageError(f"layout {layout!r}: give one of {', '.join(DIALECTS)}", kind="layout")
+    if divisor < 1:
+        raise UsageError(f"--make-vocab-size-divisible-by {divisor}: give a number of 1 or more", kind="vocabulary")
+    if mtp not in ("keep", "drop"):
+        raise UsageError(f"mtp {mtp!r}: give keep or drop", kind="mtp")
+
+
+def _remarks(
+    source: HfDirectory, model: Model, warnings: list[str], ignored: set[str], dropped: set[str]
+) -> Iterator[str]:
+    yield from source.warnings
+    yield from not_quantised(source.weights, source.config)
+    yield from warnings
+    yield from (f"weights only: {reason}" for reason in model.weights_only())
+    yield from (f"{name} is ignored by the recipe" for name in sorted(ignored))
+    if dropped:
+        yield f"{len(dropped)} tensors of multi-token prediction are dropped"
 
 
 def _model(

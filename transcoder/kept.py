@@ -84,9 +84,9 @@ class Kept:
     """Parts of the original: of the directory that was given, else those beside the checkpoint, else none."""
 
     def __init__(self, source: Megatron) -> None:
-        from transcoder.engine import converted, elements
+        from transcoder.engine import converted, stored
 
-        self._elements, self._converted = elements, converted
+        self._stored, self._converted = stored, converted
         folder, shards = kept_shards(source)
         self._views = {shard.name: map_file(folder / shard.name) for shard in shards}
         self._specs = {spec.name: spec for shard in shards for spec in shard.tensors}
@@ -96,8 +96,7 @@ class Kept:
         spec = self._specs.get(part.name)
         if spec is None or (spec.dtype, spec.shape) != (part.dtype, part.shape):
             return None
-        base, size = spec.chunks[0].offset, spec.dtype.size
-        return self._elements(self._views[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
+        return self._stored(self._views, spec, start, stop)
 
     def values(self, tensor: HfTensor, dtype: DType, start: int, stop: int) -> Array | None:
         """The original's elements [start, stop) of a tensor that Megatron stores shifted, if they are known."""
@@ -130,8 +129,7 @@ def encode_weight(
     source, codec, spec = plan.source, plan.weights.codecs[name], plan.weights.catalog[name]
     tensor, width = source.model.hf[name], spec.shape[-1]
     stored = source.stored(tensor)
-    tree, fetch, fresh = TreeDigest(tensor.shape, stored), chunks.reader(tensor), 0
-    lost = 0
+    tree, fetch, fresh, lost = TreeDigest(tensor.shape, stored), chunks.reader(tensor), 0, 0
     for start, stop in codec.row_bands(BAND):
         band = gather(source.atlas, tensor, start * width, stop * width, stored, fetch)
         tree.add(band)

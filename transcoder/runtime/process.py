@@ -15,7 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from io import TextIOWrapper
+from typing import Any, NoReturn
+
+import click
 
 from transcoder.console import REPORT_US
 from transcoder.errors import OutputError, TranscoderError, UsageError
@@ -146,3 +149,18 @@ def hush() -> None:
     logging.disable(logging.WARNING)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def enter(command: click.Command) -> NoReturn:
+    """Run a command as this process's program: usage errors end the job like all others."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    hush()
+    try:
+        status = command.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        status = stop.exit_code
+    except click.ClickException as error:
+        status = fail(UsageError(error.format_message(), kind="usage"))
+    sys.exit(status or 0)
