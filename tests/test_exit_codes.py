@@ -214,9 +214,10 @@ engine.scatter = wrong
 
 
 def _begun(partial: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until the run has written something into its work folder."""
+    """Wait until the run has noted something as done."""
     deadline = time.monotonic() + WAIT
-    while not any(path.is_file() for path in partial.rglob("*")):
+    journal = partial / "journal"
+    while not (journal.exists() and b'"tensor"' in journal.read_bytes()):
         assert process.poll() is None, "the run ended before it was interrupted"
         assert time.monotonic() < deadline, "the run has not begun"
         time.sleep(0.005)
@@ -235,28 +236,35 @@ def _interrupted(line: list[object], partial: Path, number: signal.Signals, driv
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_import_leaves_nothing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_an_interrupted_import_can_be_continued(tmp_path: Path, mcore: Path, number: signal.Signals, code: int) -> None:
     line = ["hf2mcore", EXAMPLE, tmp_path / "new", "--json"]
     done = _interrupted(line, tmp_path / "new.partial", number, SLOW)
-    _refused(done, code, "interrupted")
-    assert names(tmp_path) == []
+    _refused(done, code, "interrupted", "--resume")
+    assert names(tmp_path) == ["new.partial"]
     assert (done.report["error"]["code"], done.report["error"]["kind"]) == (code, "interrupted")
+    _refused(transcode("hf2mcore", EXAMPLE, tmp_path / "new"), 4, "unfinished", "--resume", "--overwrite")
+    succeed("hf2mcore", EXAMPLE, tmp_path / "new", "--resume")
+    assert (names(tmp_path), tree(tmp_path / "new")) == (["new"], tree(mcore))
 
 
-def test_an_interrupted_export_leaves_nothing(tmp_path: Path, mcore: Path) -> None:
+def test_an_interrupted_export_can_be_continued(tmp_path: Path, mcore: Path) -> None:
     line = ["mcore2hf", mcore, tmp_path / "new", "--quiet"]
     done = _interrupted(line, tmp_path / "new.partial", signal.SIGTERM, SLOW)
-    _refused(done, 143, "interrupted")
-    assert (names(tmp_path), done.out) == ([], "")
+    _refused(done, 143, "interrupted", "--resume")
+    assert (names(tmp_path), done.out) == (["new.partial"], "")
+    succeed("mcore2hf", mcore, tmp_path / "new", "--resume")
+    assert (names(tmp_path), tree(tmp_path / "new")) == (["new"], tree(EXAMPLE))
 
 
-def test_an_interrupted_overwrite_leaves_the_old_state(tmp_path: Path) -> None:
+def test_an_interrupted_overwrite_leaves_the_old_state(tmp_path: Path, mcore: Path) -> None:
     transcoder.hf2mcore(EXAMPLE, tmp_path / "new", tp=2)
-    before = tree(tmp_path)
+    before = tree(tmp_path / "new")
     line = ["hf2mcore", EXAMPLE, tmp_path / "new", "--overwrite"]
     done = _interrupted(line, tmp_path / "new.partial", signal.SIGINT, SLOW)
     assert done.code == 130
-    assert tree(tmp_path) == before
+    assert tree(tmp_path / "new") == before
+    succeed(*line, "--resume")
+    assert (names(tmp_path), tree(tmp_path / "new")) == (["new"], tree(mcore))
 
 
 def test_the_plain_command_ends_by_a_signal_in_the_middle_of_a_larger_model(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ def hf2mcore(
     memory: int | str = MEMORY,
     sync: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
     verify: bool = False,
     progress: Listener | None = None,
     **options: Any,
@@ -37,27 +40,37 @@ def hf2mcore(
     """Convert a Hugging Face directory to a Megatron checkpoint. Returns the report; raises TranscoderError.
 
     options: those of `plan_hf2mcore`. progress: called with a `Progress` after every band.
+    resume: go on where an interrupted run with the same arguments stopped, if there was one.
     """
-    from transcoder.importing import run_import
+    from transcoder.importing import import_identity, run_import
     from transcoder.iterations import TRACKERS
-    from transcoder.paths import check_free, destination
+    from transcoder.paths import check_free
     from transcoder.reports import costs, import_report
+    from transcoder.work import destination
 
     started = time.monotonic()
     hands = worker_count(workers, memory)
-    check_free(Path(dst), Path(src), overwrite)
+    check_free(Path(dst), Path(src), overwrite or resume)
     plan = plan_hf2mcore(src, **options)
     total = sum(spec.nbytes for spec in plan.source.catalog.values())
-    with destination(Path(dst), Path(src), overwrite, TRACKERS) as work:
-        warnings = run_import(plan, work, workers=hands, sync=sync, tally=Tally(plan.model, total, progress))
-        if verify:
-            _verify_import(plan, work / plan.folder)
+    run = import_identity(plan, _all_options(plan_hf2mcore, src, options))
+    how = {"overwrite": overwrite, "resume": resume, "sync": sync}
+    with destination(Path(dst), Path(src), run, stale=TRACKERS, **how) as work:
+        if not work.finished:
+            work.tally = Tally(plan.model, total, progress)
+            work.warnings = run_import(plan, work, workers=hands, tally=work.tally)
+            if verify:
+                _verify_import(plan, work.out / plan.folder)
     report = import_report(plan, dst)
-    return (
-        report
-        | {"warnings": [*report["warnings"], *warnings]}
-        | costs(started, total, sum(plan.placement.sizes.values()))
-    )
+    report["warnings"] += work.warnings
+    return report | costs(started, total, sum(plan.placement.sizes.values()))
+
+
+def _all_options(planner: Callable[..., Any], src: PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run, defaults included."""
+    bound = signature(planner).bind(src, **options)
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name != "src"}
 
 
 def plan_hf2mcore(
@@ -130,6 +143,7 @@ def mcore2hf(
     memory: int | str = MEMORY,
     sync: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
     verify: bool = False,
     progress: Listener | None = None,
     **options: Any,
@@ -137,22 +151,27 @@ def mcore2hf(
     """Convert a Megatron checkpoint to a Hugging Face directory. Returns the report; raises TranscoderError.
 
     options: those of `plan_mcore2hf`. progress: called with a `Progress` after every band.
+    resume: go on where an interrupted run with the same arguments stopped, if there was one.
     """
-    from transcoder.exporting import run_export, stale_weights
-    from transcoder.paths import check_free, destination
+    from transcoder.exporting import export_identity, run_export, stale_weights
+    from transcoder.paths import check_free
     from transcoder.reports import costs, export_report
+    from transcoder.work import destination
 
     started = time.monotonic()
     hands = worker_count(workers, memory)
-    check_free(Path(dst), Path(src), overwrite)
+    check_free(Path(dst), Path(src), overwrite or resume)
     plan = plan_mcore2hf(src, **options)
     total = sum(shard.size - len(shard.header) for shard in plan.shards)
-    with destination(Path(dst), Path(src), overwrite, stale_weights(Path(dst))) as work:
-        tally = Tally(plan.source.model, total, progress)
-        warnings = run_export(plan, work, workers=hands, sync=sync, tally=tally)
-        if verify:
-            _verify_export(plan, work)
-    return export_report(plan, dst, warnings) | costs(started, plan.source.nbytes, total)
+    run = export_identity(plan, _all_options(plan_mcore2hf, src, options))
+    how = {"overwrite": overwrite, "resume": resume, "sync": sync}
+    with destination(Path(dst), Path(src), run, whole=True, stale=stale_weights(Path(dst)), **how) as work:
+        if not work.finished:
+            work.tally = Tally(plan.source.model, total, progress)
+            work.warnings = run_export(plan, work, workers=hands, tally=work.tally)
+            if verify:
+                _verify_export(plan, work.out)
+    return export_report(plan, dst, work.warnings) | costs(started, plan.source.nbytes, total)
 
 
 def plan_mcore2hf(
@@ -221,9 +240,11 @@ def roundtrip(
     dst: the result is written to dst/MODEL-NAME; without it nothing is written. options: those of `plan_hf2mcore`.
     megatron_save_path: write the Megatron checkpoint, too, and go through it. megatron_load_path: go through this one.
     """
-    from transcoder.paths import check_free, destination
+    from transcoder.importing import import_identity
+    from transcoder.paths import check_free
     from transcoder.reports import costs, import_report
     from transcoder.roundtrips import into_files, through_memory
+    from transcoder.work import destination
 
     started = time.monotonic()
     if options.get("mtp") == "drop":
@@ -244,8 +265,9 @@ def roundtrip(
     elif place is None:
         through_memory(work, hands, tally)
     else:
-        with destination(place, Path(src), overwrite) as folder:
-            into_files(work, folder, hands, sync, tally)
+        who = import_identity(work, {"roundtrip": True})
+        with destination(place, Path(src), who, overwrite=overwrite, sync=sync, whole=True) as folder:
+            into_files(work, folder, hands, tally)
     written = (total if place else 0) + (sum(work.placement.sizes.values()) if megatron_save_path else 0)
     rows = [_row(work, name) for name in work.model.hf]
     return import_report(work, place) | {"verified": rows} | costs(started, total, written)

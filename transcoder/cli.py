@@ -85,8 +85,6 @@ def _import(command: str, src: str, dst: str, chosen: Report, warnings: Iterable
 def _writing(chosen: Report) -> tuple[bool, Report]:
     """Whether it is a dry run, and the arguments of the API. Raises UsageError for what does not exist yet."""
     arguments = {name: value for name, value in chosen.items() if value is not None}
-    if arguments.pop("resume", False):
-        raise UsageError("--resume: runs cannot be resumed yet; give the command without it", kind="unsupported")
     if (form := arguments.pop("form", "torch_dist")) != "torch_dist":
         raise UsageError(f"--format {form} cannot be written yet; torch_dist can", kind="unsupported")
     if "no_sync" in arguments:

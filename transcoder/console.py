@@ -81,7 +81,8 @@ class Console:
         except TranscoderError as error:
             return self.fail(error, error.exit_code, error.as_json(), error.report)
         except Stopped as stop:
-            return self._other("interrupted; nothing is left at the destination", "interrupted", stop.code)
+            notes = getattr(stop, "__notes__", ["nothing was left"])
+            return self._other(f"interrupted: {'; '.join(notes)}", "interrupted", stop.code)
         except BrokenPipeError:
             _close_stdout()
             return 0
@@ -118,11 +119,11 @@ def _close_stdout() -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """The first signal of `SIGNALS` as an exception in this block; later ones must not disturb the cleaning up."""
+    """The first signal of `SIGNALS` as an exception in this block; a second one ends the process at once."""
 
     def stop(number: int, frame: object) -> None:
         for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
+            signal.signal(other, lambda again, _: os._exit(128 + again))
         raise Stopped(128 + number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}

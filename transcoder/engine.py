@@ -19,19 +19,21 @@ from numpy.typing import NDArray
 
 from transcoder.atlas import Atlas
 from transcoder.codecs import Codec
+from transcoder.disk import PIECE
 from transcoder.errors import refuse
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.torch_dist import map_file
-from transcoder.formats.torch_dist_writer import PIECE
 from transcoder.kernels.casts import add, cast
+from transcoder.mapped import ready
 from transcoder.moves import Copy, Run, runs
 from transcoder.planner import Filler, HfTensor
+from transcoder.progress import Cancelled
 from transcoder.spec import Chunk, DType, TensorSpec
 
 PAGE = 4096  # bytes
 BAND = 4 << 20  # bytes, a constant of the manifest's digests
 Array = NDArray[Any]
-Sink = Callable[[str, Chunk, int, memoryview], None]  # key, chunk, first payload byte, bytes
+Sink = Callable[[str, Chunk, int, memoryview], int]  # key, chunk, first payload byte, bytes → their CRC-32
 Fetch = Callable[[str, Chunk, int, int], memoryview]  # key, chunk, first payload byte, count → bytes
 
 
@@ -54,9 +56,9 @@ def elements(data: memoryview, dtype: DType) -> Array:
 
 
 def stored(views: Mapping[str, memoryview], spec: TensorSpec, start: int, stop: int) -> Array:
-    """The elements [start, stop) of a tensor of a mapped safetensors file, in place."""
-    base, size = spec.chunks[0].offset, spec.dtype.size
-    return elements(views[spec.chunks[0].file][base + start * size : base + stop * size], spec.dtype)
+    """The elements [start, stop) of a tensor of a mapped safetensors file, in place. Raises InputError."""
+    file, base, size = spec.chunks[0].file, spec.chunks[0].offset, spec.dtype.size
+    return elements(ready(views[file], base + start * size, base + stop * size, file, spec.name), spec.dtype)
 
 
 class Payloads:
@@ -207,11 +209,20 @@ def converted(band: Array, source: DType, target: DType) -> Array:
 
 
 class TreeDigest:
-    """xxh3-128 of its leaves' xxh3-128 digests; a leaf is a band of the tensor in the checkpoint's dtype."""
+    """xxh3-128 of its leaves' xxh3-128 digests; a leaf is a band of the tensor in the checkpoint's dtype.
 
-    def __init__(self, shape: tuple[int, ...], dtype: DType) -> None:
+    leaves: the digests of those at the tensor's start, if they are known from before.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: DType, leaves: bytes = b"") -> None:
         self._leaf = next((stop - start for start, stop in bands(shape, dtype)), 1) * dtype.size  # bytes
-        self._root, self._open, self._room = xxhash.xxh3_128(), xxhash.xxh3_128(), self._leaf
+        self._root, self._open, self._room = xxhash.xxh3_128(leaves), xxhash.xxh3_128(), self._leaf
+        self._closed = bytearray()
+
+    @property
+    def even(self) -> bool:
+        """Whether no leaf is open."""
+        return self._room == self._leaf
 
     def add(self, band: Array) -> None:
         """The next elements, in order, however many."""
@@ -223,21 +234,34 @@ class TreeDigest:
             if not self._room:
                 self._close()
 
+    def close(self) -> None:
+        """Nothing follows: the last leaf may be shorter."""
+        if not self.even:
+            self._close()
+
     def _close(self) -> None:
-        self._root.update(self._open.digest())
+        digest = self._open.digest()
+        self._root.update(digest)
+        self._closed += digest
         self._open.reset()
         self._room = self._leaf
 
+    def drain(self) -> bytes:
+        """The digests of the leaves that were closed since the last call."""
+        closed, self._closed = bytes(self._closed), bytearray()
+        return closed
+
     def text(self) -> str:
         """The digest as it stands in a manifest."""
-        if self._room < self._leaf:
-            self._close()
+        self.close()
         return f"xxh3-128/4MiB:{self._root.hexdigest()}"
 
 
-def run_groups(groups: Iterable[list[Callable[[], None]]], workers: int) -> None:
-    """Run every job, groups in parallel, a group's jobs in order; the first error stops the rest and is raised."""
-    stop = threading.Event()
+def run_groups(groups: Iterable[list[Callable[[], None]]], workers: int, stop: threading.Event) -> None:
+    """Run every job, groups in parallel, a group's jobs in order; the first error stops the rest and is raised.
+
+    stop: set when somebody wants them to stop; jobs may look at it to end early.
+    """
 
     def work(jobs: list[Callable[[], None]]) -> None:
         for job in jobs:
@@ -245,6 +269,8 @@ def run_groups(groups: Iterable[list[Callable[[], None]]], workers: int) -> None
                 return
             try:
                 job()
+            except Cancelled:
+                return
             except BaseException:
                 stop.set()
                 raise

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.checks import ignored_names
 from transcoder.codecs import Weights, weights_of
+from transcoder.disk import sized, start_flush, write_all, write_file
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
 from transcoder.formats.torch_dist import map_file
 from transcoder.kept import kept_shards
+from transcoder.mapped import read_small
 from transcoder.megatron import Megatron
 from transcoder.outgoing import changed, config_changes, emitted
-from transcoder.paths import write_file
 from transcoder.planner import HfTensor
 from transcoder.progress import Tally
 from transcoder.spec import DTYPES, DType, TensorSpec
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transcoder.chunks import CheckedChunks
     from transcoder.engine import Fetch
     from transcoder.kept import Kept
+    from transcoder.ledger import Ledger
+    from transcoder.work import Work
 
 
 @dataclass(frozen=True)
@@ -158,13 +161,28 @@ def stale_weights(folder: Path) -> set[str]:
     return {name for name in (*named, INDEX_NAME, SINGLE_NAME) if plain_name(name) and (folder / name).is_file()}
 
 
-def run_export(plan: ExportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> list[str]:
-    """Write the whole directory into the folder `work`. Returns warnings. Raises InputError on damage."""
+def export_identity(plan: ExportPlan, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes this run the same as another one."""
+    from transcoder.identity import identity
+
+    source = plan.source
+    files = [source.path / name for name in (".metadata", *source.files)]
+    if source.reference is not None:
+        files += [source.reference / name for name in plan.side_files]
+    if source.original is not None:
+        files += [source.original.path / shard.name for shard in source.original.shards]
+    decided = [plan.index or b"", *(shard.name.encode() + shard.header for shard in plan.shards)]
+    return identity("mcore2hf", options, dict.fromkeys(files), decided)
+
+
+def run_export(plan: ExportPlan, work: Work, *, workers: int, tally: Tally) -> list[str]:
+    """Write the whole directory, or what an earlier run left of it. Returns warnings. Raises InputError on damage."""
+    work.begin({shard.name: shard.size for shard in plan.shards})
     for name, data in _side_files(plan):
-        write_file(work / name, changed(data, plan.changes) if name == "config.json" else data, sync)
-    warnings = stream_export(plan, work, workers, sync, tally)
+        write_file(work.out / name, changed(data, plan.changes) if name == "config.json" else data, work.sync)
+    warnings = stream_export(plan, work, workers, tally)
     if plan.index is not None:
-        write_file(work / INDEX_NAME, plan.index, sync)
+        write_file(work.out / INDEX_NAME, plan.index, work.sync)
     return warnings
 
 
@@ -180,71 +198,89 @@ def _side_files(plan: ExportPlan) -> Iterator[tuple[str, bytes]]:
         yield "config.json", emitted(plan.source.config)
         return
     for name in plan.side_files:
-        yield name, (plan.source.reference / name).read_bytes()
+        yield name, read_small(plan.source.reference / name)
 
 
-def stream_export(plan: ExportPlan, work: Path, workers: int, sync: bool, tally: Tally) -> list[str]:
+def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> list[str]:
     """Move every payload byte into the shards; check checksums, digests and filler on the way. Returns warnings."""
     from transcoder.chunks import CheckedChunks
     from transcoder.engine import run_groups
     from transcoder.kept import Kept, copy_kept, encode_weight
+    from transcoder.ledger import Ledger
 
     source = plan.source
     views = {name: map_file(source.path / name) for name in source.files}
     chunks, kept, warnings = CheckedChunks(views.__getitem__), Kept(source), list(_implied(source))
-    with shard_files(plan.shards, work, sync) as files:
+    with shard_files(plan.shards, work.out) as files:
+        ledger = Ledger(work.journal, partial(flush, files) if work.sync else None)
+        ledger.restore(source.store.catalog, chunks.passed)
         groups: dict[str, list[Callable[[], None]]] = {shard.name: [] for shard in plan.shards}
         for name, spec in sorted(plan.weights.catalog.items(), key=lambda item: item[1].chunks[0].offset):
-            job = partial(encode_weight, plan, name, files, chunks, kept, warnings)
+            job = partial(encode_weight, plan, name, files, chunks, kept, ledger, warnings)
             if name not in source.model.hf:
                 job = partial(copy_kept, spec, files, kept)
             elif name not in plan.weights.codecs:
-                job = partial(_move, plan, spec, files[spec.chunks[0].file], chunks, kept, sync)
+                job = partial(_move, plan, spec, files[spec.chunks[0].file], chunks, kept, ledger, work.sync)
             groups[spec.chunks[0].file].append(partial(job, tally))
-        run_groups(groups.values(), workers)
+        run_groups(groups.values(), workers, tally.stop)
         warnings += check_filler(source, chunks.fetch)
         chunks.finish()
+        ledger.sync()
     return sorted(warnings)
 
 
+def flush(files: Mapping[str, int]) -> None:
+    """Make everything written to these files durable. Raises OSError."""
+    for file in files.values():
+        os.fdatasync(file)
+
+
 @contextmanager
-def shard_files(shards: Iterable[Shard], work: Path, sync: bool) -> Iterator[dict[str, int]]:
-    """Open files of the final size with their headers written, by name; durable at the end if `sync`."""
+def shard_files(shards: Iterable[Shard], folder: Path) -> Iterator[dict[str, int]]:
+    """Open files of the final size with their headers written, by name."""
     files: dict[str, int] = {}
     try:
         for shard in shards:
-            files[shard.name] = _create(work / shard.name, shard)
+            files[shard.name] = sized(folder / shard.name, shard.size)
+            write_all(files[shard.name], memoryview(shard.header), 0)
         yield files
-        for file in files.values():
-            if sync:
-                os.fdatasync(file)
     finally:
         for file in files.values():
             os.close(file)
 
 
 def _move(
-    plan: ExportPlan, spec: TensorSpec, file: int, chunks: CheckedChunks, kept: Kept, flush: bool, tally: Tally
+    plan: ExportPlan,
+    spec: TensorSpec,
+    file: int,
+    chunks: CheckedChunks,
+    kept: Kept,
+    ledger: Ledger,
+    flush: bool,
+    tally: Tally,
 ) -> None:
     """Collect one tensor from its chunks into its place in a shard; compare its digest with the manifest's."""
-    from transcoder.engine import TreeDigest, bands, converted, gather_for, received
-    from transcoder.formats.torch_dist_writer import start_flush, write_all
+    from transcoder.engine import bands, converted, gather_for, received
+    from transcoder.ledger import Track
 
     source, place = plan.source, spec.chunks[0]
     tensor = source.model.hf[spec.name]
     stored = source.stored(tensor)
-    tree, fetch = TreeDigest(tensor.shape, stored), chunks.reader(tensor)
+    track = Track(ledger, tensor.name, tensor.shape, stored)
+    fetch = chunks.reader(tensor, track.parts)
     for start, stop in bands(tensor.shape, stored):
-        offset = place.offset + start * spec.dtype.size
-        band = gather_for(offset, source.atlas, tensor, start, stop, stored, fetch)
-        band = received(tensor, band, stored, kept.values(tensor, stored, start, stop))
-        tree.add(band)
-        data = converted(band, stored, spec.dtype).data.cast("B")
-        write_all(file, data, offset)
-        if flush:
-            start_flush(file, offset, len(data))
-        tally.moved(len(data))
-    check_digest(plan, spec.name, tree.text())
+        if stop > track.stop:
+            offset = place.offset + start * spec.dtype.size
+            band = gather_for(offset, source.atlas, tensor, start, stop, stored, fetch)
+            band = received(tensor, band, stored, kept.values(tensor, stored, start, stop))
+            track.tree.add(band)
+            data = converted(band, stored, spec.dtype).data.cast("B")
+            write_all(file, data, offset)
+            if flush:
+                start_flush(file, offset, len(data))
+            track.reach(stop)
+        tally.moved((stop - start) * spec.dtype.size)
+    check_digest(plan, spec.name, track.tree.text())
     tally.finished(tensor)
 
 
@@ -255,13 +291,6 @@ def check_digest(plan: ExportPlan, name: str, found: str) -> None:
         hint = "the checkpoint was changed after it was written"
         problem = Problem(tensor=name, expected=expected, found=found, hint=hint)
         raise refuse("digest", "a tensor does not have the digest of the manifest", [problem])
-
-
-def _create(path: Path, shard: Shard) -> int:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    os.posix_fallocate(file, 0, shard.size)
-    os.pwrite(file, shard.header, 0)
-    return file
 
 
 def check_filler(source: Megatron, fetch: Fetch) -> list[str]:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from transcoder import manifest
+from transcoder.disk import write_file
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
 from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import metadata
+from transcoder.identity import TOOL_VERSION
 from transcoder.importing import ImportPlan, is_tokenizer_file
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
 from transcoder.kept import NAME as KEPT
-from transcoder.paths import write_file
-
-TOOL_VERSION = "0.1.0"
+from transcoder.mapped import read_small
 
 
 def write_side_files(
@@ -33,7 +33,7 @@ def write_side_files(
         "train_state.pt": train_state(plan.step),
     }
     for name in plan.source.side_files:
-        data = (plan.source.path / name).read_bytes()
+        data = read_small(plan.source.path / name)
         files[f"hf/{name}"] = data
         if is_tokenizer_file(name):
             files[f"tokenizer/{name}"] = data

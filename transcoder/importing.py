@@ -15,6 +15,7 @@ from transcoder.codecs import not_quantised
 from transcoder.dialects import DIALECTS
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
+from transcoder.formats.safetensors import INDEX_NAME
 from transcoder.formats.torch_dist_writer import SETS, Placement, TorchDistWriter, Wanted, place
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.mesh import Mesh
@@ -24,11 +25,13 @@ from transcoder.progress import Tally
 from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
 from transcoder.sizing import axis_sizes, given_sizes
-from transcoder.spec import DTYPES, DType
+from transcoder.spec import DTYPES, Chunk, DType
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
     from transcoder.engine import Payloads, Sink
+    from transcoder.ledger import Ledger
+    from transcoder.work import Work
 
 TOKENIZER_FILES = (
     "tokenizer",
@@ -189,28 +192,42 @@ def _wanted(tensor: McoreTensor, mesh: Mesh, dtype: DType) -> Wanted:
     return Wanted(tensor.name, family.dtype(dtype), tensor.shape, tuple(chunks))
 
 
-def run_import(plan: ImportPlan, work: Path, *, workers: int, sync: bool, tally: Tally) -> list[str]:
-    """Write the whole checkpoint into the folder `work`. Returns warnings."""
+def import_identity(plan: ImportPlan, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes this run the same as another one."""
+    from transcoder.identity import identity
+
+    source = plan.source
+    names = [*(shard.name for shard in source.shards), *source.side_files]
+    files = [source.path / name for name in (*names, INDEX_NAME) if name != INDEX_NAME or source.index is not None]
+    decided = (repr(sorted(plan.placement.sizes.items())).encode(), *(shard.header for shard in source.shards))
+    return identity("hf2mcore", options, files, decided)
+
+
+def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally) -> list[str]:
+    """Write the whole checkpoint, or what an earlier run left of it to write. Returns warnings."""
+    from transcoder.importfiles import write_side_files
     from transcoder.kept import NAME as KEPT
     from transcoder.kept import write_kept
+    from transcoder.ledger import Ledger
 
-    folder = work / plan.folder
-    folder.mkdir()
-    writer = TorchDistWriter(folder, plan.placement, sync)
+    folder = work.out / plan.folder
+    work.begin({f"{plan.folder}/{name}": size for name, size in plan.placement.sizes.items()})
+    writer = TorchDistWriter(folder, plan.placement, work.sync)
+    ledger = Ledger(work.journal, writer.sync if work.sync else None)
     try:
         writer.prepare()
-        digests = stream_import(plan, writer.write, workers, tally)
-        warnings = write_kept(plan, folder / KEPT, sync)
-        crcs = writer.finish(sync)
+        ledger.restore(plan.placement.catalog, writer.passed)
+        digests = stream_import(plan, writer.write, ledger, workers, tally)
+        warnings = write_kept(plan, folder / KEPT, work.sync)
+        crcs = writer.finish()
+        ledger.sync()
     finally:
         writer.close()
-    from transcoder.importfiles import write_side_files
-
-    write_side_files(plan, work, digests, crcs, sync)
+    write_side_files(plan, work.out, digests, crcs, work.sync)
     return warnings
 
 
-def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> dict[str, str]:
+def stream_import(plan: ImportPlan, sink: Sink, ledger: Ledger, workers: int, tally: Tally) -> dict[str, str]:
     """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
     from transcoder.engine import Payloads, fill, run_groups
 
@@ -218,7 +235,7 @@ def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> d
     catalog, digests = plan.source.weights.catalog, dict[str, str]()
 
     def move(tensor: HfTensor) -> None:
-        digests[tensor.name] = _move(plan, tensor, payloads, sink, tally)
+        digests[tensor.name] = _move(plan, tensor, payloads, sink, ledger, tally)
 
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
     groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
@@ -227,25 +244,34 @@ def stream_import(plan: ImportPlan, sink: Sink, workers: int, tally: Tally) -> d
     for family, filler in plan.model.fillers():
         job = partial(fill, plan.atlas, filler, family.dtype(plan.dtype), sink)
         groups[plan.placement.sets[filler.key]].append(job)
-    run_groups(groups, workers)
+    run_groups(groups, workers, tally.stop)
     check_aliases(plan.model, digests)
     return digests
 
 
-def _move(plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, tally: Tally) -> str:
+def _move(plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, ledger: Ledger, tally: Tally) -> str:
     """Send one tensor to its chunks, band by band. Returns its digest."""
-    from transcoder.engine import TreeDigest, converted, scatter, sent
+    from transcoder.engine import converted, scatter, sent
+    from transcoder.ledger import Track
 
     stored, target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
-    tree = TreeDigest(tensor.shape, target)
+    track = Track(ledger, tensor.name, tensor.shape, target)
+
+    def noted(key: str, chunk: Chunk, start: int, data: memoryview) -> int:
+        crc = sink(key, chunk, start, data)
+        track.parts.append((chunk.file, chunk.offset + start, len(data), crc))
+        return crc
+
     for start, stop in payloads.bands(tensor.name):
-        band = converted(payloads.read(tensor.name, start, stop), stored, target)
-        tree.add(band)
-        if not tensor.family.rule.alias:
-            scatter(plan.atlas, tensor, start, sent(tensor, band, target), sink)
+        if stop > track.stop:
+            band = converted(payloads.read(tensor.name, start, stop), stored, target)
+            track.tree.add(band)
+            if not tensor.family.rule.alias:
+                scatter(plan.atlas, tensor, start, sent(tensor, band, target), noted)
+            track.reach(stop)
         tally.moved(payloads.weigh(tensor.name, start, stop))
     tally.finished(tensor)
-    return tree.text()
+    return track.tree.text()
 
 
 def check_aliases(model: Model, digests: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.codecs import FLOATS, Codec
+from transcoder.disk import sized, write_all
 from transcoder.formats.safetensors import Shard, emit_header, read_shard
 from transcoder.formats.torch_dist import map_file
 from transcoder.planner import HfTensor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transcoder.engine import Array, Payloads
     from transcoder.exporting import ExportPlan
     from transcoder.importing import ImportPlan
+    from transcoder.ledger import Ledger
     from transcoder.megatron import Megatron
     from transcoder.progress import Tally
 
@@ -41,13 +43,19 @@ def write_kept(plan: ImportPlan, path: Path, sync: bool) -> list[str]:
     parts += [source.catalog[name] for name in plan.ignored]
     if not parts:
         return []
-    with path.open("xb") as file:
-        file.write(emit_header([(part.name, part.dtype, part.shape) for part in parts], {"format": "pt"}))
+    header = emit_header([(part.name, part.dtype, part.shape) for part in parts], {"format": "pt"})
+    file = sized(path, len(header) + sum(part.nbytes for part in parts))
+    try:
+        write_all(file, memoryview(header), 0)
+        place = len(header)
         for part in parts:
-            file.write(payloads.stored(part, 0, part.nbytes // part.dtype.size).data)
-        file.flush()
+            data = payloads.stored(part, 0, part.nbytes // part.dtype.size).data.cast("B")
+            write_all(file, data, place)
+            place += len(data)
         if sync:
-            os.fsync(file.fileno())
+            os.fdatasync(file)
+    finally:
+        os.close(file)
     return list(_extremes(payloads))
 
 
@@ -110,7 +118,8 @@ class Kept:
 def copy_kept(spec: TensorSpec, files: Mapping[str, int], kept: Kept, tally: Tally) -> None:
     """Write a tensor that no rule knows as the original has it."""
     data = kept.read(spec, 0, spec.nbytes // spec.dtype.size)
-    tally.moved(_write(files, spec, 0, data))
+    _write(files, spec, 0, data)
+    tally.moved(spec.nbytes)
 
 
 def encode_weight(
@@ -119,32 +128,38 @@ def encode_weight(
     files: Mapping[str, int],
     chunks: CheckedChunks,
     kept: Kept,
+    ledger: Ledger,
     warnings: list[str],
     tally: Tally,
 ) -> None:
     """Collect one weight from its chunks and write it as its codec's parts; tell when scales had to be found anew."""
-    from transcoder.engine import BAND, TreeDigest, converted, gather
+    from transcoder.engine import BAND, converted, gather
     from transcoder.exporting import check_digest
+    from transcoder.ledger import Track
 
     source, codec, spec = plan.source, plan.weights.codecs[name], plan.weights.catalog[name]
     tensor, width = source.model.hf[name], spec.shape[-1]
     stored = source.stored(tensor)
-    tree, fetch, fresh, lost = TreeDigest(tensor.shape, stored), chunks.reader(tensor), 0, 0
+    track = Track(ledger, name, tensor.shape, stored)
+    fetch = chunks.reader(tensor, track.parts)
     for start, stop in codec.row_bands(BAND):
-        band = gather(source.atlas, tensor, start * width, stop * width, stored, fetch)
-        tree.add(band)
         places = codec.places(start, stop)
-        old = [kept.read(part, *place) for part, place in zip(codec.parts[1:], places[1:], strict=True)]
-        known = tuple(part for part in old if part is not None)
-        whole = known if len(known) == len(old) else None
-        new = codec.encode(converted(band, stored, spec.dtype), spec.dtype.name, whole)
-        fresh += _differing(new[1], whole[0]) if whole else new[1].size
-        lost += extremes(codec, new[1])
-        for part, place, array in zip(codec.parts, places, new, strict=True):
-            tally.moved(_write(files, part, place[0], array))
-    check_digest(plan, name, tree.text())
-    warnings += _told(name, lost)
-    if fresh:
+        if stop * width > track.stop:
+            band = gather(source.atlas, tensor, start * width, stop * width, stored, fetch)
+            track.tree.add(band)
+            old = [kept.read(part, *place) for part, place in zip(codec.parts[1:], places[1:], strict=True)]
+            known = tuple(part for part in old if part is not None)
+            whole = known if len(known) == len(old) else None
+            new = codec.encode(converted(band, stored, spec.dtype), spec.dtype.name, whole)
+            for part, place, array in zip(codec.parts, places, new, strict=True):
+                _write(files, part, place[0], array)
+            track.count("fresh", _differing(new[1], whole[0]) if whole else new[1].size)
+            track.count("lost", extremes(codec, new[1]))
+            track.reach(stop * width)
+        tally.moved(sum((b - a) * part.dtype.size for part, (a, b) in zip(codec.parts, places, strict=True)))
+    check_digest(plan, name, track.tree.text())
+    warnings += _told(name, track.counts["lost"])
+    if fresh := track.counts["fresh"]:
         warnings.append(f"{name}: {fresh} of its scales were found anew, the others are the original's")
     tally.finished(tensor)
 
@@ -153,9 +168,6 @@ def _differing(one: Array, two: Array) -> int:
     return int((one != two).sum())
 
 
-def _write(files: Mapping[str, int], part: TensorSpec, start: int, array: Any) -> int:
-    from transcoder.formats.torch_dist_writer import write_all
-
-    data = memoryview(array).cast("B")
-    write_all(files[part.chunks[0].file], data, part.chunks[0].offset + start * part.dtype.size)
-    return len(data)
+def _write(files: Mapping[str, int], part: TensorSpec, start: int, array: Any) -> None:
+    place = part.chunks[0].offset + start * part.dtype.size
+    write_all(files[part.chunks[0].file], memoryview(array).cast("B"), place)

@@ -27,8 +27,15 @@ class Progress:
 Listener = Callable[[Progress], None]
 
 
+class Cancelled(BaseException):
+    """Another worker failed, or a signal came: this one ends, too. Not an Exception: nobody else is to catch it."""
+
+
 class Tally:
-    """Counts bytes and finished Megatron parameters (one per layer and name); thread-safe; one listener."""
+    """Counts bytes and finished Megatron parameters (one per layer and name); thread-safe; one listener.
+
+    It is where workers learn that the run is to end.
+    """
 
     def __init__(self, model: Model, total: int, listener: Listener | None = None) -> None:
         self._total = total
@@ -36,10 +43,18 @@ class Tally:
         self._finished = dict.fromkeys(self._families, 0)
         self._bytes = 0
         self._listener = listener
+        self.stop = threading.Event()  # set when somebody wants the run to end
         self._lock = threading.Lock()
 
+    @property
+    def share(self) -> float:
+        """How much is done, of 1."""
+        return self._bytes / self._total if self._total else 1.0
+
     def moved(self, size: int) -> None:
-        """`size` more payload bytes have reached their place."""
+        """`size` more payload bytes have reached their place. Raises Cancelled when the run is to end."""
+        if self.stop.is_set():
+            raise Cancelled
         with self._lock:
             self._bytes += size
             self._tell()

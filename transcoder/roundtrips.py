@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
-from pathlib import Path
 
 import numpy as np
 
 from transcoder.chunks import Scratch
+from transcoder.disk import write_all, write_file
 from transcoder.engine import (
     Array,
     Payloads,
@@ -22,13 +22,13 @@ from transcoder.engine import (
     sent,
 )
 from transcoder.errors import DifferenceError, Problem
-from transcoder.exporting import shard_files
+from transcoder.exporting import flush, shard_files
 from transcoder.formats.safetensors import INDEX_NAME
-from transcoder.formats.torch_dist_writer import write_all
 from transcoder.importing import ImportPlan, check_aliases
-from transcoder.paths import write_file
+from transcoder.mapped import read_small
 from transcoder.progress import Tally
 from transcoder.spec import TensorSpec
+from transcoder.work import Work
 
 Store = Callable[[TensorSpec, int, Array], None]  # stored tensor, first flat element, the elements that came back
 
@@ -46,7 +46,7 @@ def through_memory(plan: ImportPlan, workers: int, tally: Tally, store: Store | 
         digests[name] = _there_and_back(plan, name, payloads, tally, store)
 
     jobs: list[Callable[[], None]] = [partial(job, name) for name in names]
-    run_groups([jobs[i::workers] for i in range(workers)], workers)
+    run_groups([jobs[i::workers] for i in range(workers)], workers, tally.stop)
     check_aliases(plan.model, digests)
 
 
@@ -94,10 +94,11 @@ def _same(name: str, first: int, before: Array, after: Array) -> None:
         )
 
 
-def into_files(plan: ImportPlan, work: Path, workers: int, sync: bool, tally: Tally) -> None:
-    """The round trip into a Hugging Face directory `work`, with no Megatron files between."""
+def into_files(plan: ImportPlan, work: Work, workers: int, tally: Tally) -> None:
+    """The round trip into a Hugging Face directory, with no Megatron files between."""
     payloads = Payloads(plan.source)
-    with shard_files(plan.source.shards, work, sync) as files:
+    work.begin({shard.name: shard.size for shard in plan.source.shards})
+    with shard_files(plan.source.shards, work.out) as files:
 
         def store(spec: TensorSpec, start: int, band: Array) -> None:
             chunk = spec.chunks[0]
@@ -109,7 +110,9 @@ def into_files(plan: ImportPlan, work: Path, workers: int, sync: bool, tally: Ta
         for name in plan.ignored:
             spec = plan.source.catalog[name]
             store(spec, 0, payloads.stored(spec, 0, prod(spec.shape)))
+        if work.sync:
+            flush(files)
     for name in plan.source.side_files:
-        write_file(work / name, (plan.source.path / name).read_bytes(), sync)
+        write_file(work.out / name, read_small(plan.source.path / name), work.sync)
     if plan.source.index is not None:
-        write_file(work / INDEX_NAME, plan.source.index, sync)
+        write_file(work.out / INDEX_NAME, plan.source.index, work.sync)

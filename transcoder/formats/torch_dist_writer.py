@@ -7,7 +7,7 @@ by bytes in key order, so that workers own files. All `_extra_state` entries poi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from isal.isal_zlib import crc32, crc32_combine
 
+from transcoder.disk import PIECE, sized, start_flush, sync_folder, write_all
 from transcoder.formats.archive import TensorItem, archive, tensor_item
 from transcoder.formats.pickled import Global, Made, Record, dumps
 from transcoder.spec import Box, Chunk, DType, TensorSpec, box_shape
+from transcoder.sums import Sums
 
-PIECE = 1 << 20  # bytes of one write
 DCP = "torch.distributed.checkpoint"
 SETS = 2
-START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,31 +98,33 @@ class TorchDistWriter:
     def __init__(self, folder: Path, placement: Placement, flush: bool = False) -> None:
         self.folder, self.placement, self.flush = folder, placement, flush
         self.crcs: dict[tuple[str, Box], int] = {}
-        self._parts: dict[tuple[str, Box], list[tuple[int, int, int]]] = {}
-        self._covered: dict[tuple[str, Box], int] = {}
+        self._sums = Sums()
         self._files: dict[str, int] = {}
 
     def prepare(self) -> None:
-        """Create every file at its final size. Raises OSError when the disk is full."""
+        """Make room for every file. Raises OSError when the disk is full."""
         for name, size in self.placement.sizes.items():
-            self._files[name] = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            if size:
-                os.posix_fallocate(self._files[name], 0, size)
-        os.pwrite(self._files["__0_0.distcp"], self.placement.blob, 0)
+            self._files[name] = sized(self.folder / name, size)
+        write_all(self._files["__0_0.distcp"], memoryview(self.placement.blob), 0)
 
-    def write(self, key: str, chunk: Chunk, start: int, data: memoryview) -> None:
-        """Store payload bytes [start, start + len(data)) of a chunk, each byte exactly once."""
-        place, file = (key, chunk.box), self._files[chunk.file]
+    def write(self, key: str, chunk: Chunk, start: int, data: memoryview) -> int:
+        """Store payload bytes [start, start + len(data)) of a chunk, each byte exactly once. Returns their CRC-32."""
+        file, crc = self._files[chunk.file], 0
         for begin in range(0, len(data), PIECE):
             piece = data[begin : begin + PIECE]
             write_all(file, piece, chunk.offset + start + begin)
-            self._parts.setdefault(place, []).append((start + begin, len(piece), crc32(piece)))
-        self._covered[place] = self._covered.get(place, 0) + len(data)
-        if self._covered[place] == chunk.nbytes:
-            self._close(key, chunk)
+            crc = crc32(piece, crc)
+        self.passed(key, chunk, start, len(data), crc)
+        return crc
 
-    def _close(self, key: str, chunk: Chunk) -> None:
-        self.crcs[key, chunk.box] = crc = combined(self._parts.pop((key, chunk.box), []))
+    def passed(self, key: str, chunk: Chunk, start: int, count: int, crc: int) -> None:
+        """Payload bytes with this CRC-32 are in their place."""
+        whole = self._sums.add(key, chunk, start, count, crc)
+        if whole is not None:
+            self._close(key, chunk, whole)
+
+    def _close(self, key: str, chunk: Chunk, crc: int) -> None:
+        self.crcs[key, chunk.box] = crc
         item = _container(self.placement.catalog[key].dtype, box_shape(chunk.box))
         file = self._files[chunk.file]
         write_all(file, memoryview(item.prefix), chunk.offset - item.payload_offset)
@@ -130,15 +132,17 @@ class TorchDistWriter:
         if self.flush:
             start_flush(file, chunk.offset - item.payload_offset, item.length)
 
-    def finish(self, sync: bool) -> dict[str, int]:
-        """Close the files, durable if `sync`; returns their CRC-32s. Raises RuntimeError if a chunk is incomplete."""
+    def sync(self) -> None:
+        """Make everything written durable. Raises OSError."""
+        for file in self._files.values():
+            os.fdatasync(file)
+        sync_folder(self.folder)
+
+    def finish(self) -> dict[str, int]:
+        """The CRC-32 of every file. Raises RuntimeError if a chunk is incomplete."""
         open_chunks = [key for key in self.placement.items if key not in self.crcs]
         if open_chunks:
             raise RuntimeError(f"{len(open_chunks)} chunks are incomplete, first {open_chunks[0]}")
-        for file in self._files.values():
-            if sync:
-                os.fdatasync(file)
-        self.close()
         return self._file_crcs()
 
     def close(self) -> None:
@@ -157,40 +161,6 @@ class TorchDistWriter:
             suffix = item.suffix(crc)
             found[file] = crc32_combine(found[file], crc32(suffix), len(suffix))
         return found
-
-
-def combined(parts: list[tuple[int, int, int]]) -> int:
-    """CRC-32 of adjacent ranges given as (start, length, crc). Raises RuntimeError when they are not adjacent."""
-    crc = end = 0
-    for start, length, part in sorted(parts):
-        if start != end:
-            raise RuntimeError(f"bytes {end} to {start} were written twice or never")
-        crc, end = crc32_combine(crc, part, length), start + length
-    return crc
-
-
-def write_all(file: int, data: memoryview, offset: int) -> None:
-    """Write every byte at `offset`, however often the kernel writes fewer."""
-    while len(data):
-        written = os.pwrite(file, data[:PIECE], offset)
-        data, offset = data[written:], offset + written
-
-
-def start_flush(file: int, offset: int, size: int) -> None:
-    """Let the kernel begin to write a range to disk, where it can; errors show when the file is synced."""
-    call = _sync_file_range()
-    if call is not None:
-        call(file, offset, size, START_WRITING)
-
-
-@lru_cache(maxsize=1)
-def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    import ctypes
-
-    call = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux only
-    if call is not None:
-        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return call
 
 
 # One object per name: the pickler finds it by identity.

@@ -1,0 +1,82 @@
+"""Every operation that changes the disk: files at their final size, ranges written, all of it made durable."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+PIECE = 1 << 20  # bytes of one write
+START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+
+
+def sized(path: Path, size: int) -> int:
+    """The descriptor of a regular file with room for `size` bytes, made where it is missing. Raises OSError."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        if size:
+            os.posix_fallocate(file, 0, size)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def write_all(file: int, data: memoryview, offset: int) -> None:
+    """Write every byte at `offset`, however often the kernel writes fewer."""
+    while len(data):
+        written = os.pwrite(file, data[:PIECE], offset)
+        data, offset = data[written:], offset + written
+
+
+def write_file(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
+    """A new regular file, durable if `sync`; folders above it are made. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        write_all(file, memoryview(data), 0)
+        if sync:
+            os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def start_flush(file: int, offset: int, size: int) -> None:
+    """Let the kernel begin to write a range to disk, where it can; errors show when the file is synced."""
+    call = _libc("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    if call is not None:
+        call(file, offset, size, START_WRITING)
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Let two entries of a file system change places at once; False where the system cannot."""
+    call = _libc("renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    if call is None:
+        return False
+    return call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(two), RENAME_EXCHANGE) == 0
+
+
+@lru_cache
+def _libc(name: str, *types: type) -> Callable[..., int] | None:
+    call = getattr(ctypes.CDLL(None), name, None)  # these two exist on Linux only
+    if call is not None:
+        call.argtypes = types
+    return call
+
+
+def sync_folders(root: Path) -> None:
+    """Make the entries of a folder and of all folders below it durable."""
+    for folder, _, _ in os.walk(root):
+        sync_folder(Path(folder))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of one folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

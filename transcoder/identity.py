@@ -1,0 +1,83 @@
+"""What a run is: its command, options, source files and plan. Only the same run may go on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from transcoder.errors import InputError, Problem, UsageError
+
+TOOL_VERSION = "0.1.0"
+FACTS = ("bytes", "modified, in ns", "inode")  # of a source file
+
+
+def identity(command: str, options: Mapping[str, Any], files: Iterable[Path], plan: Iterable[bytes]) -> dict[str, Any]:
+    """The first record of a journal. plan: bytes that say what is decided. Raises InputError for a missing file."""
+    digest = xxhash.xxh3_128()
+    for part in plan:
+        digest.update(part)
+    return {
+        "format": 1,
+        "tool": TOOL_VERSION,
+        "command": command,
+        "options": {name: _plain(value) for name, value in sorted(options.items())},
+        "source": {str(path.absolute()): _facts(path) for path in files},
+        "plan": f"xxh3-128:{digest.hexdigest()}",
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _facts(path: Path) -> list[int]:
+    try:
+        facts = path.stat()
+    except OSError as error:
+        problem = Problem(file=str(path), found=str(error.strerror))
+        raise InputError("a file of the source is gone", kind="source-changed", problems=[problem]) from error
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
+
+
+def check_unchanged(row: Mapping[str, Any]) -> None:
+    """Whether the source files are those that the run began with. Raises InputError naming each that is not."""
+    now = {path: _facts(Path(path)) for path in row["source"]}
+    if problems := _changed(row["source"], now):
+        raise InputError("the source changed during the run", kind="source-changed", problems=problems)
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Whether a journal is that of this run. Raises InputError for another source, UsageError for what else differs."""
+    if problems := _changed(old.get("source", {}), new["source"]):
+        message = "the source is not the one that the unfinished run read; start anew with --overwrite"
+        raise InputError(message, kind="source-changed", problems=problems)
+    hint = "give the same command and options with the same version, or start anew with --overwrite"
+    fields = {**_flat(old), **dict.fromkeys(_flat(new).keys() - _flat(old).keys())}
+    problems = [
+        Problem(message=name, expected=str(value), found=str(_flat(new).get(name)), hint=hint)
+        for name, value in fields.items()
+        if value != _flat(new).get(name)
+    ]
+    if problems:
+        raise UsageError("the unfinished run is another one", kind="resume", problems=problems)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    options = {f"option {name}": value for name, value in row.get("options", {}).items()}
+    return {name: row.get(name) for name in ("format", "tool", "command")} | options | {"plan": row.get("plan")}
+
+
+def _changed(old: Mapping[str, list[int]], new: Mapping[str, list[int]]) -> list[Problem]:
+    problems = []
+    for path in sorted(old.keys() | new.keys()):
+        before, after = old.get(path), new.get(path)
+        if before is None or after is None:
+            there, gone = "a file of the source", "none"
+            problems.append(Problem(file=path, expected=there if before else gone, found=there if after else gone))
+            continue
+        found = [(fact, one, two) for fact, one, two in zip(FACTS, before, after, strict=True) if one != two]
+        problems += [Problem(file=path, expected=f"{one} {fact}", found=str(two)) for fact, one, two in found]
+    return problems

@@ -1,0 +1,72 @@
+"""One run at a time in a work folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transcoder.errors import OutputError, Problem
+
+LOCK, LEASE = "lock", "lease"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Nobody else works in `folder` during the block. Raises OutputError naming who does."""
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    lease = False
+    try:
+        lease = not _locked(file, folder)
+        _sign(file)
+        yield
+    finally:
+        if lease:
+            (folder / LEASE).unlink(missing_ok=True)
+        os.close(file)
+
+
+def _locked(file: int, folder: Path) -> bool:
+    """Take the lock; False if the file system has none and a lease file was made instead."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _busy(folder, os.pread(file, 400, 0).decode(errors="replace"), "wait for it to end") from None
+    except OSError:
+        _lease(folder)
+        return False
+    if not _same(file, folder / LOCK):
+        raise _busy(folder, "another run, which has just ended", "try again")
+    return True
+
+
+def _same(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lease(folder: Path) -> None:
+    try:
+        os.close(os.open(folder / LEASE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    except FileExistsError:
+        age = time.time() - (folder / LEASE).stat().st_mtime
+        holder = (folder / LOCK).read_text(errors="replace")[:400]
+        hint = f"if it runs no more, remove {folder / LEASE}"
+        raise _busy(folder, f"{holder}, {age:.0f} seconds ago", hint) from None
+
+
+def _sign(file: int) -> None:
+    text = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%F %T %z')}"
+    os.ftruncate(file, 0)
+    os.pwrite(file, text.encode(), 0)
+
+
+def _busy(folder: Path, holder: str, hint: str) -> OutputError:
+    problem = Problem(file=str(folder), found=holder or "another run", hint=hint)
+    return OutputError("the destination is being written by another run", kind="locked", problems=[problem])

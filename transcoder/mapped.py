@@ -1,0 +1,42 @@
+"""Reading mapped files safely: a page that cannot be read is an error with a name, not the end of the process."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from pathlib import Path
+
+from transcoder.errors import InputError, Problem
+
+PAGE = mmap.PAGESIZE
+POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: reads pages in, and fails where touching them would kill
+UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.EPERM)  # what older kernels and sandboxes say of it
+
+
+def ready(view: memoryview, start: int, stop: int, file: str, tensor: str) -> memoryview:
+    """The bytes [start, stop) of a mapped file, read in. Raises InputError when the disk or the file fails."""
+    data = view[start:stop]
+    if len(data) != stop - start:
+        raise _lost(file, tensor, start, "the file ends before")
+    if isinstance(view.obj, mmap.mmap) and stop > start:
+        first = start // PAGE * PAGE
+        try:
+            view.obj.madvise(POPULATE_READ, first, stop - first)
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                raise _lost(file, tensor, start, f"cannot be read: {error.strerror}") from error
+    return data
+
+
+def read_small(path: Path) -> bytes:
+    """A small file of the source. Raises InputError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _lost(path.name, "", 0, f"cannot be read: {error.strerror}") from error
+
+
+def _lost(file: str, tensor: str, offset: int, found: str) -> InputError:
+    hint = "see whether the disk is healthy and the file whole, then go on with --resume"
+    problem = Problem(file=file, tensor=tensor, expected=f"bytes from {offset}", found=found, hint=hint)
+    return InputError("the source cannot be read", kind="source-lost", problems=[problem])

@@ -1,0 +1,67 @@
+"""Make a finished work folder the destination. Every step is a rename that can be repeated after a crash.
+
+What is to appear is noted with its inode before anything moves: an entry that already has it is in its place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from transcoder.disk import exchange, sync_folder
+
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # what renaming over another kind of entry says
+
+
+def entries(out: Path, dst: Path, whole: bool) -> dict[str, int]:
+    """What will appear, with inodes: the folder itself as `.`, or its entries, folders first and trackers last."""
+    if whole or not dst.exists() or not any(dst.iterdir()):
+        return {".": out.stat().st_ino}
+    made = sorted(out.iterdir(), key=lambda entry: (entry.is_symlink() or not entry.is_dir(), entry.name))
+    return {entry.name: entry.lstat().st_ino for entry in made}
+
+
+def publish(out: Path, dst: Path, found: Mapping[str, int], stale: Iterable[str]) -> None:
+    """Put `entries` of `out` into their places; drop the names in `stale` that were not made anew. Raises OSError."""
+    if "." in found:
+        _replace(out, dst, found["."])
+        sync_folder(dst.parent)
+        return
+    for name, inode in found.items():
+        _replace(out / name, dst / name, inode)
+        sync_folder(dst)
+    for name in set(stale) - found.keys():
+        (dst / name).unlink(missing_ok=True)
+    sync_folder(dst)
+
+
+def _replace(new: Path, place: Path, inode: int) -> None:
+    """Rename `new` to `place`; what cannot be renamed over changes places with it."""
+    if os.path.lexists(place) and place.lstat().st_ino == inode:
+        return
+    try:
+        new.replace(place)  # POSIX: over a file, a link or an empty folder
+    except OSError as error:
+        if error.errno not in OCCUPIED:
+            raise
+        if not exchange(new, place):
+            place.rename(new.with_name(f"{new.name}.replaced"))
+            new.rename(place)
+
+
+def keep_foreign(out: Path, dst: Path, stale: Iterable[str]) -> None:
+    """Hard-link into `out` what `dst` holds beyond it, apart from the names in `stale`. Raises OSError."""
+    gone = {dst / name for name in stale}
+    for folder, names, files in os.walk(dst):
+        place = out / Path(folder).relative_to(dst)
+        for name in [*names, *files]:
+            old, new = Path(folder) / name, place / name
+            if old in gone or os.path.lexists(new):
+                continue
+            if name in names and not old.is_symlink():
+                new.mkdir()
+            else:
+                os.link(old, new, follow_symlinks=False)
+        names[:] = [name for name in names if (place / name).is_dir() and not (place / name).is_symlink()]

@@ -1,0 +1,191 @@
+"""The work folder `DST.partial` of a run: lock, journal and files, until renames make these the destination."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transcoder.disk import sync_folders
+from transcoder.errors import DifferenceError, InputError, OutputError, Problem, TranscoderError, UsageError
+from transcoder.identity import check_same, check_unchanged
+from transcoder.journal import NAME as JOURNAL
+from transcoder.journal import Journal
+from transcoder.lock import LEASE, LOCK, held
+from transcoder.paths import check_free, refused
+from transcoder.progress import Tally
+from transcoder.publishing import entries, keep_foreign, publish
+
+OURS = {LOCK, LEASE, JOURNAL, "out", "out.replaced"}
+NOTHING_TO_KEEP = (InputError, DifferenceError, UsageError)  # what these runs wrote is of no use to another one
+
+
+@dataclass
+class Work:
+    """What a run writes into: `out` becomes the destination."""
+
+    dst: Path
+    out: Path
+    journal: Journal
+    sync: bool
+    tally: Tally | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier run had only its renames left."""
+        return self.journal.publication is not None
+
+    def begin(self, sizes: Mapping[str, int]) -> None:
+        """Ready for payload files of these sizes: those of an earlier run stay if all hold what the journal says.
+
+        Everything else that lies there goes. Raises OutputError when the disk is too small.
+        """
+        if self.journal.marks and not all(_whole(self.out / name, size) for name, size in sizes.items()):
+            self.journal.distrust(0)
+        if self.journal.marks and self.sync and not all(_durable(self.out / name) for name in sizes):
+            self.journal.distrust(self.journal.synced())
+        if not self.journal.marks:
+            shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir(exist_ok=True)
+        _clear(self.out, {self.out / name for name in sizes})
+        _check_space(self.out, sizes)
+        for name in sizes:
+            (self.out / name).parent.mkdir(exist_ok=True)
+
+
+def _whole(path: Path, size: int) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+
+
+def _durable(path: Path) -> bool:
+    """Whether the kernel could write the file; it tells a failure once, to whoever asks first."""
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fdatasync(file)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return True
+
+
+def _clear(root: Path, kept: set[Path]) -> None:
+    for folder, names, files in os.walk(root, topdown=False):
+        for path in (Path(folder) / name for name in [*files, *names]):
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # it holds what is kept
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
+
+
+def _check_space(out: Path, sizes: Mapping[str, int]) -> None:
+    found = [(out / name).stat().st_blocks * 512 for name in sizes if (out / name).exists()]
+    needed, free = sum(sizes.values()) - sum(found), shutil.disk_usage(out).free
+    if needed > free:
+        problem = Problem(file=str(out), expected=f"{needed} bytes free", found=f"{free}", hint="choose another disk")
+        raise OutputError("the disk is too small for the result", kind="space", problems=[problem])
+
+
+@contextmanager
+def destination(
+    dst: Path,
+    src: Path,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    sync: bool = True,
+    whole: bool = False,
+    stale: Iterable[str] = (),
+) -> Iterator[Work]:
+    """A work folder beside `dst` whose files appear there once the block has ended.
+
+    A run that failed leaves it behind if another one can go on with it. With `overwrite` what was made replaces what
+    `dst` holds: as a `whole` at one moment, or entry by entry, the names in `stale` going; all else in it stays.
+    Raises OutputError for a destination that cannot be used, UsageError and InputError when `resume` does not fit.
+    """
+    partial = check_free(dst, src, overwrite or resume)
+    with ExitStack() as stack:
+        work = _opened(partial, dst, identity, overwrite, resume, sync, stack)
+        try:
+            if not (work.finished or overwrite):
+                check_free(dst, src, False)
+            yield work
+            _publish(work, identity, whole, list(stale))
+            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            keep = _worth_keeping(work, error)
+            if not keep:
+                shutil.rmtree(partial, ignore_errors=True)
+            _explain(work, error, keep)
+            raise
+
+
+def _opened(
+    partial: Path, dst: Path, identity: Mapping[str, Any], overwrite: bool, resume: bool, sync: bool, stack: ExitStack
+) -> Work:
+    new = not partial.exists()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        if strange := {entry.name for entry in partial.iterdir()} - OURS:
+            raise refused(partial, f"holds {min(strange)}, which no run made", "move it away")
+        stack.enter_context(held(partial))
+        journal = Journal(partial / JOURNAL)
+        stack.callback(journal.close)
+        _continue(journal, partial, identity, overwrite, resume)
+    except TranscoderError:
+        raise
+    except OSError as error:
+        if new:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise refused(partial, str(error), "choose a directory that can be written") from error
+    return Work(dst, partial / "out", journal, sync, warnings=(journal.publication or {}).get("warnings", []))
+
+
+def _continue(journal: Journal, partial: Path, identity: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
+    """Take up the journal or begin it. Raises OutputError, UsageError, InputError."""
+    if journal.identity is not None and resume:
+        check_same(journal.identity, identity)
+    elif journal.identity is not None and not overwrite:
+        message = f"there is an unfinished conversion at {partial}; go on with --resume or start anew with --overwrite"
+        raise OutputError(message, kind="unfinished", problems=[Problem(file=str(partial))])
+    else:
+        journal.start(dict(identity))
+
+
+def _publish(work: Work, identity: Mapping[str, Any], whole: bool, stale: list[str]) -> None:
+    """The commit: the source is still the same, everything is durable, then renames."""
+    journal = work.journal
+    if journal.publication is None:
+        check_unchanged(identity)
+        if whole and work.dst.is_dir():
+            keep_foreign(work.out, work.dst, stale)
+        if work.sync:
+            sync_folders(work.out.parent)
+        journal.publish(entries(work.out, work.dst, whole), work.warnings)
+    publish(work.out, work.dst, (journal.publication or {})["publish"], stale)
+
+
+def _worth_keeping(work: Work, error: BaseException) -> bool:
+    lost = isinstance(error, InputError) and error.kind == "source-lost"
+    return work.finished or (work.journal.marks > 0 and (lost or not isinstance(error, NOTHING_TO_KEEP)))
+
+
+def _explain(work: Work, error: BaseException, keep: bool) -> None:
+    """Tell what is left; an error of the system becomes one of the destination."""
+    share = f" at {work.tally.share:.0%}" if work.tally else ""
+    if not isinstance(error, Exception):
+        error.add_note(f"stopped{share}; continue with --resume" if keep else f"stopped{share}; nothing is left")
+    elif isinstance(error, OSError) and not isinstance(error, TranscoderError):
+        hint = (
+            "go on with --resume once there is space and the disk works"
+            if keep
+            else "free some space, or choose another disk"
+        )
+        raise refused(work.dst, str(error), hint) from error
