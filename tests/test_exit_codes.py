@@ -275,7 +275,10 @@ def test_the_plain_command_ends_by_a_signal_in_the_middle_of_a_larger_model(tmp_
     subprocess.run(writer, check=True, capture_output=True, timeout=WAIT)
     done = _interrupted(["hf2mcore", source, tmp_path / "new"], tmp_path / "new.partial", signal.SIGTERM, "")
     _refused(done, 143, "interrupted")
-    assert names(tmp_path) == ["source"]
+    assert names(tmp_path) == ["new.partial", "source"]
+    succeed("hf2mcore", source, tmp_path / "new", "--resume")
+    transcoder.hf2mcore(source, tmp_path / "other")
+    assert tree(tmp_path / "new") == tree(tmp_path / "other")
 
 
 STOPS: dict[str, Callable[[Path], list[object]]] = {
