@@ -16,7 +16,7 @@ from transcoder.reading import same, verify
 
 if TYPE_CHECKING:
     from transcoder.description import Plan
-    from transcoder.exporting import ExportPlan
+    from transcoder.exportplan import ExportPlan
     from transcoder.importing import ImportPlan
 
 MEMORY = 64 << 20  # bytes of buffers
@@ -34,6 +34,7 @@ def hf2mcore(
     overwrite: bool = False,
     resume: bool = False,
     verify: bool = False,
+    checksums: str = "",
     progress: Listener | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -41,7 +42,10 @@ def hf2mcore(
 
     options: those of `plan_hf2mcore`. progress: called with a `Progress` after every band.
     resume: go on where an interrupted run with the same arguments stopped, if there was one.
+    checksums: `sha256` to note the SHA-256 of every file, too.
     """
+    from transcoder.checksums import check_kind
+    from transcoder.disk import forget_pages
     from transcoder.importing import import_identity, run_import
     from transcoder.iterations import TRACKERS
     from transcoder.paths import check_free
@@ -50,16 +54,18 @@ def hf2mcore(
 
     started = time.monotonic()
     hands = worker_count(workers, memory)
+    check_kind(checksums)
     check_free(Path(dst), Path(src), overwrite or resume)
     plan = plan_hf2mcore(src, **options)
     total = sum(spec.nbytes for spec in plan.source.catalog.values())
-    run = import_identity(plan, _all_options(plan_hf2mcore, src, options))
+    run = import_identity(plan, _all_options(plan_hf2mcore, src, options) | {"checksums": checksums})
     how = {"overwrite": overwrite, "resume": resume, "sync": sync}
     with destination(Path(dst), Path(src), run, stale=TRACKERS, **how) as work:
         if not work.finished:
             work.tally = Tally(plan.model, total, progress)
-            work.warnings = run_import(plan, work, workers=hands, tally=work.tally)
+            work.warnings = run_import(plan, work, workers=hands, tally=work.tally, checksums=checksums)
             if verify:
+                forget_pages(work.out)
                 _verify_import(plan, work.out / plan.folder)
     report = import_report(plan, dst)
     report["warnings"] += work.warnings
@@ -145,6 +151,7 @@ def mcore2hf(
     overwrite: bool = False,
     resume: bool = False,
     verify: bool = False,
+    checksums: str = "",
     progress: Listener | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -152,24 +159,30 @@ def mcore2hf(
 
     options: those of `plan_mcore2hf`. progress: called with a `Progress` after every band.
     resume: go on where an interrupted run with the same arguments stopped, if there was one.
+    checksums: `sha256` to note the SHA-256 of every file, too.
     """
-    from transcoder.exporting import export_identity, run_export, stale_weights
+    from transcoder.checksums import check_kind
+    from transcoder.disk import forget_pages
+    from transcoder.exporting import export_identity, run_export
+    from transcoder.exportplan import stale_weights
     from transcoder.paths import check_free
     from transcoder.reports import costs, export_report
     from transcoder.work import destination
 
     started = time.monotonic()
     hands = worker_count(workers, memory)
+    check_kind(checksums)
     check_free(Path(dst), Path(src), overwrite or resume)
     plan = plan_mcore2hf(src, **options)
     total = sum(shard.size - len(shard.header) for shard in plan.shards)
-    run = export_identity(plan, _all_options(plan_mcore2hf, src, options))
+    run = export_identity(plan, _all_options(plan_mcore2hf, src, options) | {"checksums": checksums})
     how = {"overwrite": overwrite, "resume": resume, "sync": sync}
     with destination(Path(dst), Path(src), run, whole=True, stale=stale_weights(Path(dst)), **how) as work:
         if not work.finished:
             work.tally = Tally(plan.source.model, total, progress)
-            work.warnings = run_export(plan, work, workers=hands, tally=work.tally)
+            work.warnings = run_export(plan, work, workers=hands, tally=work.tally, checksums=checksums)
             if verify:
+                forget_pages(work.out)
                 _verify_export(plan, work.out)
     return export_report(plan, dst, work.warnings) | costs(started, plan.source.nbytes, total)
 
@@ -189,7 +202,7 @@ def plan_mcore2hf(
     hf_model: directory whose config, tokenizer and shard map are used. max_shard_size: bytes, or a text such as 5GB.
     quantize: `like-source` to write small numbers with scales where the original has them.
     """
-    from transcoder.exporting import plan_export
+    from transcoder.exportplan import plan_export
     from transcoder.megatron import open_megatron
     from transcoder.reports import size_of
 

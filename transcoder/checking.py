@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from transcoder import manifest
+from transcoder import checksums, manifest
 from transcoder.errors import DifferenceError, InputError, Problem
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import TorchDist, map_file, open_torch_dist
 from transcoder.iterations import current_rows, find_iteration
+from transcoder.mapped import read_small
 from transcoder.progress import Listener, Progress
 from transcoder.spec import Chunk
 
 PIECE = 1 << 20  # bytes of one read
+WORKERS = min(4, os.cpu_count() or 1)
 NOT_DAMAGE = ("not-found", "no-checkpoint", "no-config", "architecture")  # the user named something else
 
 
@@ -28,7 +31,7 @@ def check(directory: Path, quick: bool, sample: float, listener: Listener | None
     """
     try:
         if is_hf(directory):
-            return _check_hf(directory)
+            return _check_hf(directory, 0.0 if quick else sample)
         return _check_megatron(find_iteration(directory), 0.0 if quick else sample, listener)
     except InputError as error:
         if error.kind in NOT_DAMAGE:
@@ -41,8 +44,11 @@ def is_hf(directory: Path) -> bool:
     return (directory / "config.json").is_file() and not (directory / ".metadata").is_file()
 
 
-def _check_hf(directory: Path) -> dict[str, Any]:
+def _check_hf(directory: Path, sample: float) -> dict[str, Any]:
     source = open_hf(directory)
+    listed = checksums.parse(read_small(directory / checksums.SUMS)) if (directory / checksums.SUMS).is_file() else {}
+    if sample >= 100 and (problems := list(checksums.changed(directory, listed, WORKERS))):
+        raise DifferenceError(f"{directory} is damaged", kind="damage", problems=problems)
     _ = source.weights  # raises InputError for quantised weights that lack their scales
     parts = sum(shard.size for shard in source.shards)
     return {
@@ -50,8 +56,8 @@ def _check_hf(directory: Path) -> dict[str, Any]:
         "format": "safetensors",
         "tensors": len(source.catalog),
         "bytes_read": sum(len(shard.header) for shard in source.shards),
-        "checked": {"files": len(source.shards), "bytes": parts, "checksums": 0, "digests": 0},
-        "warnings": ["safetensors files carry no checksums: headers, index and sizes were checked"],
+        "checked": {"files": len(source.shards), "bytes": parts, "checksums": 0, "digests": len(listed)},
+        "warnings": [] if listed else ["safetensors files carry no checksums: headers, index and sizes were checked"],
     }
 
 
@@ -64,12 +70,15 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
     total, done, counted = sum(c.nbytes for parts in chunks.values() for _, c in parts), 0, 0
     for number, (name, parts) in enumerate(sorted(chunks.items())):
         if sample and (folder / name).is_file():
-            found, checksums = _check_payloads(folder / name, parts, rows.get(name), sample)
+            found, read = _check_payloads(folder / name, parts, rows.get(name), sample)
             problems += found
-            counted += checksums
+            counted += read
         done += sum(chunk.nbytes for _, chunk in parts)
         if listener is not None:
             listener(Progress(done, total, number + 1, len(chunks)))
+    if sample >= 100 and not problems:
+        hashes = {name: row["sha256"] for name, row in rows.items() if "sha256" in row}
+        problems += checksums.changed(folder, hashes, WORKERS)
     if problems:
         raise DifferenceError(f"{folder} is damaged", kind="damage", problems=problems)
     return {

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from transcoder.exporting import ExportPlan
+from transcoder.exportplan import ExportPlan
 from transcoder.importing import ImportPlan
 from transcoder.planner import Family, Model
 from transcoder.reports import export_report, import_report

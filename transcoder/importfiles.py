@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transcoder import manifest
+from transcoder.checksums import sums
 from transcoder.disk import write_file
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
@@ -20,32 +22,20 @@ from transcoder.mapped import read_small
 
 
 def write_side_files(
-    plan: ImportPlan, work: Path, digests: Mapping[str, str], crcs: Mapping[str, int], sync: bool
+    plan: ImportPlan, work: Path, digests: Mapping[str, str], crcs: Mapping[str, int], sync: bool, hashing: int = 0
 ) -> None:
-    """Write every small file of the checkpoint; `metadata.json` is the last of the iteration."""
-    folder, fields = work / plan.folder, plan.model.fields()
-    common = common_pt(
-        fields, plan.dtype.name, plan.padded_vocab, plan.mesh.tp, plan.mesh.pp, plan.step, plan.model.dialect
-    )
-    files = {
-        "common.pt": common,
-        "run_config.yaml": run_config(fields, plan.dtype.name).encode(),
-        "train_state.pt": train_state(plan.step),
-    }
-    for name in plan.source.side_files:
-        data = read_small(plan.source.path / name)
-        files[f"hf/{name}"] = data
-        if is_tokenizer_file(name):
-            files[f"tokenizer/{name}"] = data
+    """Write every small file of the checkpoint; `metadata.json` is the last of the iteration, then the trackers.
+
+    hashing: how many workers take the SHA-256 of every file for the manifest, too; 0 for none.
+    """
+    folder, files = work / plan.folder, _side_files(plan)
     last = {".metadata": metadata(plan.placement), "metadata.json": METADATA_JSON}
     trackers = _trackers(plan, linked=plan.iteration == "both" and _link(work / "release", plan.folder))
-    rows = [_row(name, data) for name, data in {**files, **last}.items()]
-    rows += [
-        {"name": name, "size": plan.placement.sizes[name], "digest": f"crc32:{crc:08x}"} for name, crc in crcs.items()
-    ]
+    small: dict[str, bytes | memoryview] = {**files, **last, **{f"../{name}": data for name, data in trackers.items()}}
     if (folder / KEPT).exists():
-        rows.append(_row(KEPT, map_file(folder / KEPT)))
-    rows += [_row(f"../{name}", data) for name, data in trackers.items()]
+        small[KEPT] = map_file(folder / KEPT)
+    rows = [_row(name, data, bool(hashing)) for name, data in small.items()]
+    rows += _payload_rows(plan, folder, crcs, hashing)
     table = _table(plan, digests, sorted(rows, key=lambda row: str(row["name"])))
     for name, data in {**files, manifest.NAME: manifest.emit(table), **last}.items():
         write_file(folder / name, data, sync)
@@ -53,8 +43,32 @@ def write_side_files(
         write_file(work / name, data, sync)
 
 
-def _row(name: str, data: bytes | memoryview) -> dict[str, Any]:
-    return {"name": name, "size": len(data), "digest": manifest.file_digest(data)}
+def _side_files(plan: ImportPlan) -> dict[str, bytes]:
+    fields, mesh = plan.model.fields(), plan.mesh
+    dtype, dialect = plan.dtype.name, plan.model.dialect
+    files = {
+        "common.pt": common_pt(fields, dtype, plan.padded_vocab, mesh.tp, mesh.pp, plan.step, dialect),
+        "run_config.yaml": run_config(fields, dtype).encode(),
+        "train_state.pt": train_state(plan.step),
+    }
+    for name in plan.source.side_files:
+        data = read_small(plan.source.path / name)
+        files[f"hf/{name}"] = data
+        if is_tokenizer_file(name):
+            files[f"tokenizer/{name}"] = data
+    return files
+
+
+def _row(name: str, data: bytes | memoryview, hashing: bool) -> dict[str, Any]:
+    row = {"name": name, "size": len(data), "digest": manifest.file_digest(data)}
+    return row | {"sha256": hashlib.sha256(data).hexdigest()} if hashing else row
+
+
+def _payload_rows(plan: ImportPlan, folder: Path, crcs: Mapping[str, int], hashing: int) -> Iterator[dict[str, Any]]:
+    hashes = sums(folder, crcs, hashing) if hashing else {}
+    for name, crc in crcs.items():
+        row = {"name": name, "size": plan.placement.sizes[name], "digest": f"crc32:{crc:08x}"}
+        yield row | {"sha256": hashes[name]} if hashing else row
 
 
 def _link(link: Path, folder: str) -> bool:

@@ -203,7 +203,7 @@ def import_identity(plan: ImportPlan, options: Mapping[str, Any]) -> dict[str, A
     return identity("hf2mcore", options, files, decided)
 
 
-def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally) -> list[str]:
+def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, checksums: str = "") -> list[str]:
     """Write the whole checkpoint, or what an earlier run left of it to write. Returns warnings."""
     from transcoder.importfiles import write_side_files
     from transcoder.kept import NAME as KEPT
@@ -223,7 +223,7 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally) -> l
         ledger.sync()
     finally:
         writer.close()
-    write_side_files(plan, work.out, digests, crcs, work.sync)
+    write_side_files(plan, work.out, digests, crcs, work.sync, workers if checksums else 0)
     return warnings
 
 

@@ -22,7 +22,7 @@ from transcoder.spec import DType, TensorSpec
 if TYPE_CHECKING:
     from transcoder.chunks import CheckedChunks
     from transcoder.engine import Array, Payloads
-    from transcoder.exporting import ExportPlan
+    from transcoder.exportplan import ExportPlan
     from transcoder.importing import ImportPlan
     from transcoder.ledger import Ledger
     from transcoder.megatron import Megatron

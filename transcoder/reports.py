@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from transcoder.errors import UsageError
-from transcoder.exporting import ExportPlan
+from transcoder.exportplan import ExportPlan
 from transcoder.importing import ImportPlan
 from transcoder.planner import Model
 

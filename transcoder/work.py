@@ -153,8 +153,9 @@ def _continue(journal: Journal, partial: Path, identity: Mapping[str, Any], over
     if journal.identity is not None and resume:
         check_same(journal.identity, identity)
     elif journal.identity is not None and not overwrite:
-        message = f"there is an unfinished conversion at {partial}; go on with --resume or start anew with --overwrite"
-        raise OutputError(message, kind="unfinished", problems=[Problem(file=str(partial))])
+        found = f"{journal.marks} parts are done"
+        problem = Problem(file=str(partial), found=found, hint="go on with --resume, or start anew with --overwrite")
+        raise OutputError("there is an unfinished conversion", kind="unfinished", problems=[problem])
     else:
         journal.start(dict(identity))
 
