@@ -27,8 +27,9 @@ def find_iteration(path: Path) -> Path:
     existing = sorted(entry.name for entry in path.iterdir() if (entry / ".metadata").is_file())
     if (path / TEXT_TRACKER).is_file():
         return _tracked(path, existing)
-    if len(existing) == 1:
-        return path / existing[0]
+    own = [name for name in existing if not (path / name).is_symlink()]
+    if len(own) == 1:
+        return path / own[0]
     problem = Problem(expected="one iteration with .metadata", found=", ".join(existing) or "none")
     raise refuse("no-checkpoint", f"{path} is not a Megatron checkpoint", [problem])
 
