@@ -86,6 +86,8 @@ class Console:
         except BrokenPipeError:
             _close_stdout()
             return 0
+        except MemoryError:
+            return self._other("out of memory: give fewer --workers, or run where more is allowed", "memory", 4)
         except OSError as error:
             _close_stdout()
             return self._other(str(error), "environment", 4)

@@ -276,10 +276,14 @@ def run_groups(groups: Iterable[list[Callable[[], None]]], workers: int, stop: t
                 raise
 
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        futures = [pool.submit(work, jobs) for jobs in groups]
         try:
-            for future in futures:
+            for future in [pool.submit(work, jobs) for jobs in groups]:
                 future.result()
+        except RuntimeError as error:
+            stop.set()
+            if "thread" in str(error):  # there is no class of its own for "can't start new thread"
+                raise MemoryError(str(error)) from error
+            raise
         except BaseException:
             stop.set()
             raise

@@ -52,7 +52,7 @@ WRITING = [
     click.option("--overwrite", is_flag=True, help="replace what an earlier run wrote"),
     click.option("--no-sync", is_flag=True, help="leave flushing to the kernel"),
     click.option("--verify", is_flag=True, help="read the result and compare it with the source"),
-    click.option("--checksums", default="", type=click.Choice(["sha256"]), help="SHA-256 of every file, too"),
+    click.option("--checksums", default=None, type=click.Choice(["sha256"]), help="SHA-256 of every file, too"),
     click.option("--dry-run", is_flag=True, help="print the plan and write nothing"),
 ]
 COMMON = [

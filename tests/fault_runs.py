@@ -1,0 +1,163 @@
+"""One conversion under one fault, what must hold after it, and going on once the fault is gone."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from faults import Call, Crash, Fault, Layer
+from power import Tree, restore, snapshot
+
+import transcoder
+from transcoder import InputError, OutputError, TranscoderError
+
+PATIENCE = 30  # seconds until a run counts as hanging
+NAME = "new"
+Point = tuple[str, int]
+
+
+@dataclass
+class Scenario:
+    """A conversion to `area / NAME`, what stood there before and what an undisturbed run makes of it."""
+
+    name: str
+    command: str
+    source: Path
+    area: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    before: Tree = field(default_factory=dict)
+    exchange: bool = True
+    after: Tree = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    points: set[Point] = field(default_factory=set)
+    faults: int = 0
+    failures: list[str] = field(default_factory=list)
+    resumed: dict[str, str] = field(default_factory=dict)
+
+    def prepare(self) -> Scenario:
+        """Convert once without a fault."""
+        restore(self.area, self.before)
+        with self.layer(Fault()) as layer:
+            self.convert()
+        self.calls, self.after = layer.calls, snapshot(self.area)
+        assert layer.boots, "the machine's start is not looked up where it is faked"
+        return self
+
+    def layer(self, fault: Fault, *, boot: str = "first start", disk: bool = False) -> Layer:
+        """What the conversion runs over."""
+        roots = (self.source, self.area)
+        return Layer(roots, fault, disk=self.area if disk else None, boot=boot, exchange=self.exchange)
+
+    def convert(self, **options: Any) -> None:
+        """Run it here."""
+        convert = getattr(transcoder, self.command)
+        with alarmed():
+            convert(self.source, self.area / NAME, **self.options, **options)
+
+    def inject(self, fault: Fault) -> bool:
+        """Run with a fault and see what it leaves. Returns whether there was a call to fail."""
+        restore(self.area, self.before)
+        layer = self.layer(fault, disk=fault.kind in ("crash", "torn") or fault.fits("fsync"))
+        with layer:
+            found = self._outcome(layer)
+        if layer.hit:
+            self.points.add((self.name, fault.at))
+            self.faults += 1
+            self._look(fault, layer, found)
+        elif found is not None:
+            self._tell(fault, layer, f"failed without a fault: {found!r}")
+        if layer.disk:
+            layer.disk.close()
+        return layer.hit is not None or fault.at <= len(layer.calls)
+
+    def _outcome(self, layer: Layer) -> BaseException | None:
+        try:
+            self.convert()
+        except (Crash, Exception) as error:
+            return error
+        return None
+
+    def _look(self, fault: Fault, layer: Layer, found: BaseException | None) -> None:
+        if not isinstance(found, Crash) and found is not None:
+            if not isinstance(found, TranscoderError):
+                self._tell(fault, layer, f"an error of another kind: {found!r}")
+            elif not isinstance(found, self._wanted(layer)):
+                self._tell(fault, layer, f"{type(found).__name__}: {found}")
+        if found is None and snapshot(self.area) != self.after:
+            self._tell(fault, layer, f"success with other files: {differing(snapshot(self.area), self.after)}")
+        self._go_on(fault, layer, "the process was gone", snapshot(self.area), layer.boot)
+        if isinstance(found, Crash) and layer.disk:
+            for words, state in layer.disk.states(fault.at):
+                self._go_on(fault, layer, words, state, "second start")
+
+    def _wanted(self, layer: Layer) -> type[TranscoderError]:
+        assert layer.hit
+        return InputError if (Path(layer.hit.path) / "x").is_relative_to(self.source) else OutputError
+
+    def _go_on(self, fault: Fault, layer: Layer, words: str, state: Tree, boot: str) -> None:
+        """The destination is whole, and resuming gives what an undisturbed run gives."""
+        if below(state) not in (below(self.before), below(self.after)):
+            changed = differing(below(state), below(self.before)), differing(below(state), below(self.after))
+            self._tell(fault, layer, f"{words}: neither the old nor the new state: {changed}")
+        key = digest(state) + boot
+        if key not in self.resumed:
+            self.resumed[key] = self._resume(state, boot)
+        if self.resumed[key]:
+            self._tell(fault, layer, f"{words}: resuming: {self.resumed[key]}")
+
+    def _resume(self, state: Tree, boot: str) -> str:
+        restore(self.area, state)
+        try:
+            with self.layer(Fault(), boot=boot):
+                self.convert(resume=True)
+        except Exception as error:
+            return repr(error)
+        return differing(snapshot(self.area), self.after)
+
+    def _tell(self, fault: Fault, layer: Layer, text: str) -> None:
+        self.failures.append(f"{self.name} {fault}, {layer.hit}: {text}")
+
+
+def below(tree: Tree) -> Tree:
+    """The destination alone; an empty folder is as good as none."""
+    return {name: found for name, found in tree.items() if name.startswith(f"{NAME}/")}
+
+
+def differing(one: Tree, two: Tree) -> str:
+    """The names that differ, as text."""
+    names = [name for name in sorted(one.keys() | two.keys()) if one.get(name, 0) != two.get(name, 0)]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def digest(tree: Tree) -> str:
+    """A text that tells trees apart."""
+    return hashlib.sha256(repr(sorted(tree.items())).encode()).hexdigest()
+
+
+@contextmanager
+def alarmed() -> Iterator[None]:
+    """A run that takes too long is an error."""
+
+    def hangs(*_: object) -> None:
+        raise TimeoutError("the run hangs")
+
+    old = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder.resolve()
