@@ -105,6 +105,8 @@ class Scenario:
         if below(state) not in (below(self.before), below(self.after)):
             changed = differing(below(state), below(self.before)), differing(below(state), below(self.after))
             self._tell(fault, layer, f"{words}: neither the old nor the new state: {changed}")
+        if state == self.after:
+            return  # there is nothing to go on with
         key = digest(state) + boot
         if key not in self.resumed:
             self.resumed[key] = self._resume(state, boot)
