@@ -19,6 +19,7 @@ from transcoder import InputError, OutputError, TranscoderError
 
 PATIENCE = 30  # seconds until a run counts as hanging
 NAME = "new"
+REMOVES = {"unlink", "rmdir", "remove", "scandir", "listdir", "lstat", "open to read", "close"}  # cleaning up may fail
 Point = tuple[str, int]
 
 
@@ -65,7 +66,7 @@ class Scenario:
         restore(self.area, self.before)
         layer = self.layer(fault, disk=fault.kind in ("crash", "torn") or fault.fits("fsync"))
         with layer:
-            found = self._outcome(layer)
+            found = self.outcome()
         if layer.hit:
             self.points.add((self.name, fault.at))
             self.faults += 1
@@ -76,9 +77,10 @@ class Scenario:
             layer.disk.close()
         return layer.hit is not None or fault.at <= len(layer.calls)
 
-    def _outcome(self, layer: Layer) -> BaseException | None:
+    def outcome(self, **options: Any) -> BaseException | None:
+        """Run it and catch what it raises."""
         try:
-            self.convert()
+            self.convert(**options)
         except (Crash, Exception) as error:
             return error
         return None
@@ -89,8 +91,11 @@ class Scenario:
                 self._tell(fault, layer, f"an error of another kind: {found!r}")
             elif not isinstance(found, self._wanted(layer)):
                 self._tell(fault, layer, f"{type(found).__name__}: {found}")
-        if found is None and snapshot(self.area) != self.after:
-            self._tell(fault, layer, f"success with other files: {differing(snapshot(self.area), self.after)}")
+        left = snapshot(self.area)
+        if found is None and below(left) != below(self.after):
+            self._tell(fault, layer, f"success with other files: {differing(left, self.after)}")
+        if found is None and left != self.after and layer.hit and layer.hit.name not in REMOVES:
+            self._tell(fault, layer, f"success that leaves {differing(left, self.after)}")
         self._go_on(fault, layer, "the process was gone", snapshot(self.area), layer.boot)
         if isinstance(found, Crash) and layer.disk:
             for words, state in layer.disk.states(fault.at):
@@ -105,7 +110,7 @@ class Scenario:
         if below(state) not in (below(self.before), below(self.after)):
             changed = differing(below(state), below(self.before)), differing(below(state), below(self.after))
             self._tell(fault, layer, f"{words}: neither the old nor the new state: {changed}")
-        if state == self.after:
+        if below(state) == below(self.after) != below(self.before) and not state.get(f"{NAME}.partial/journal"):
             return  # there is nothing to go on with
         key = digest(state) + boot
         if key not in self.resumed:
@@ -119,11 +124,13 @@ class Scenario:
             with self.layer(Fault(), boot=boot):
                 self.convert(resume=True)
         except Exception as error:
-            return repr(error)
+            return f"{type(error).__name__}: {error}"
         return differing(snapshot(self.area), self.after)
 
     def _tell(self, fault: Fault, layer: Layer, text: str) -> None:
-        self.failures.append(f"{self.name} {fault}, {layer.hit}: {text}")
+        call = f"{layer.hit.name} {layer.hit.path}" if layer.hit else ""
+        line = f"{fault.kind} at {fault.at} (turn {fault.turn}), {call}: {text}"
+        self.failures.append(line.replace(f"{self.area}/", "").replace(f"{self.source}", "SRC"))
 
 
 def below(tree: Tree) -> Tree:

@@ -164,9 +164,9 @@ def _signalled(tmp_path: Path, driver: str, number: signal.Signals) -> int:
     command = [*command_of(driver), "hf2mcore", str(EXAMPLE), str(tmp_path / "m")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 30
-    while not (tmp_path / "m.partial").exists() and time.monotonic() < deadline:
+    journal = tmp_path / "m.partial" / "journal"
+    while not (journal.exists() and b'"tensor"' in journal.read_bytes()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.4)
     process.send_signal(number)
     process.communicate(timeout=30)
     return process.returncode

@@ -103,19 +103,21 @@ def plan_hf2mcore(
     mtp: `keep` or `drop` the layers of multi-token prediction.
     """
     from transcoder.importing import plan_import
+    from transcoder.mapped import reading
 
-    return plan_import(
-        Path(src),
-        Mesh(tp, pp, ep, etp),
-        layout=layout,
-        dtype=dtype,
-        divisor=make_vocab_size_divisible_by,
-        iteration=iteration,
-        arch=arch,
-        norm_names=norm_names,
-        mtp=mtp,
-        follow_links=follow_links,
-    )
+    with reading(Path(src)):
+        return plan_import(
+            Path(src),
+            Mesh(tp, pp, ep, etp),
+            layout=layout,
+            dtype=dtype,
+            divisor=make_vocab_size_divisible_by,
+            iteration=iteration,
+            arch=arch,
+            norm_names=norm_names,
+            mtp=mtp,
+            follow_links=follow_links,
+        )
 
 
 def _verify_import(plan: ImportPlan, folder: Path) -> None:
@@ -203,6 +205,7 @@ def plan_mcore2hf(
     quantize: `like-source` to write small numbers with scales where the original has them.
     """
     from transcoder.exportplan import plan_export
+    from transcoder.mapped import reading
     from transcoder.megatron import open_megatron
     from transcoder.reports import size_of
 
@@ -210,8 +213,9 @@ def plan_mcore2hf(
     if quantize not in ("", "like-source"):
         raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
     layout = "" if expert_layout == "like-source" else expert_layout
-    megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize))
-    return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
+    with reading(Path(src)):
+        megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize))
+        return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
 
 
 def _verify_export(plan: ExportPlan, folder: Path) -> None:

@@ -80,7 +80,8 @@ def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> l
 
     source = plan.source
     views = {name: map_file(source.path / name) for name in source.files}
-    chunks, kept, warnings = CheckedChunks(views.__getitem__), Kept(source), list(_implied(source))
+    chunks, kept = CheckedChunks(views.__getitem__), Kept(source)
+    warnings = [*plan.warnings, *_implied(source)]
     with shard_files(plan.shards, work.out) as files:
         ledger = Ledger(work.journal, partial(flush, files) if work.sync else None)
         ledger.restore(source.store.catalog, chunks.passed)

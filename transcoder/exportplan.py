@@ -33,6 +33,7 @@ class ExportPlan:
     digests: dict[str, str]
     weights: Weights  # what the tensors of the shards mean
     changes: Mapping[str, Any]  # of config.json
+    warnings: tuple[str, ...]
 
 
 def plan_export(
@@ -58,8 +59,8 @@ def plan_export(
         shards, index = _fresh(source, target, max_shard)
         weights = weights_of({spec.name: spec for shard in shards for spec in shard.tensors}, {})
         changes = config_changes(source, source.config, target)
-    side_files = tuple(sorted(_files_below(source.reference))) if source.reference else ()
-    return ExportPlan(source, shards, index, side_files, target, dict(_digests(source)), weights, changes)
+    side_files, warnings = _files_below(source.reference) if source.reference else ((), ())
+    return ExportPlan(source, shards, index, side_files, target, dict(_digests(source)), weights, changes, warnings)
 
 
 def _digests(source: Megatron) -> Iterator[tuple[str, str]]:
@@ -130,12 +131,12 @@ def _index(shards: tuple[Shard, ...]) -> bytes:
     ).encode()
 
 
-def _files_below(folder: Path) -> list[str]:
-    """Side files of the reference directory: every plain file that is neither weights nor an index."""
+def _files_below(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Side files of the reference directory, which are neither weights nor an index; and what is left out of them."""
     from transcoder.formats.huggingface import side_files
 
-    shards = {path.name for path in folder.glob("*.safetensors")}
-    return list(side_files(folder, shards)[0])
+    kept, warnings = side_files(folder, {path.name for path in folder.glob("*.safetensors")})
+    return tuple(sorted(kept)), warnings
 
 
 def stale_weights(folder: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,10 +73,12 @@ def _payload_rows(plan: ImportPlan, folder: Path, crcs: Mapping[str, int], hashi
 
 
 def _link(link: Path, folder: str) -> bool:
-    """Whether the link could be made: some file systems have none."""
+    """Whether the link could be made: some file systems have none. Raises OSError for any other reason."""
     try:
         link.symlink_to(folder)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
         return False
     return True
 

@@ -2,8 +2,8 @@
 
 A record is a line `crc32 json`. The first says what the run is; then one for every mark, written after the bytes that
 it stands for. A torn last line is dropped and a bad one elsewhere ends what is believed. While the machine has not
-restarted every mark counts, since written pages outlive a process; afterwards, or when a file could not be made
-durable, only the marks do that a sync record covers.
+restarted every mark counts, since written pages outlive a process; afterwards only the marks do that a sync record
+covers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -58,6 +59,7 @@ class Journal:
         self.identity: Row | None = None
         self.marks = 0
         self.publication: Row | None = None
+        self._given_up = False
         self._recover()
 
     def _rows(self) -> Iterator[tuple[Row, int]]:
@@ -72,16 +74,16 @@ class Journal:
 
     def _recover(self) -> None:
         """Count the marks that hold, and cut off everything after them."""
-        boot, doubt, synced, end = "", False, 0, 0
+        boot, synced, end = "", 0, 0
         for row, place in self._rows():
             end = place
             self.identity = self.identity or row
             self.marks += "tensor" in row
             synced = min(row.get("sync", synced), self.marks)
-            boot, doubt = row.get("boot", boot), doubt or "doubt" in row
+            boot = row.get("boot", boot)
             self.publication = row if "publish" in row else self.publication
         os.ftruncate(self._file, end)
-        if self.identity is not None and (doubt or boot != boot_id() or not boot):
+        if self.identity is not None and (boot != boot_id() or not boot):
             self.distrust(synced)
 
     def distrust(self, count: int) -> None:
@@ -102,6 +104,18 @@ class Journal:
         """How many marks a sync record covers."""
         return max((row["sync"] for row, _ in self._rows() if "sync" in row), default=0)
 
+    def give_up(self) -> None:
+        """A file could not be made durable: nothing after the last sync point counts, and nothing more is noted.
+
+        Pages that could not be written may be gone, and asking again proves nothing. Cutting a file needs no space.
+        """
+        with self._lock:
+            self._given_up = True
+            try:
+                self._cut(self.synced())
+            except OSError:
+                self.path.unlink(missing_ok=True)
+
     def start(self, identity: Row) -> None:
         """Forget everything and begin a run."""
         os.ftruncate(self._file, 0)
@@ -112,6 +126,8 @@ class Journal:
         """Add a record."""
         data = _line(row)
         with self._lock:
+            if self._given_up:
+                return
             if os.write(self._file, data) != len(data):
                 raise OSError(errno.ENOSPC, "no space left for the journal", str(self.path))
             self.marks += "tensor" in row
@@ -133,4 +149,5 @@ class Journal:
 
     def close(self) -> None:
         """Release the descriptor."""
-        os.close(self._file)
+        with suppress(OSError):  # what counts was made durable before
+            os.close(self._file)

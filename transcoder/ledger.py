@@ -96,10 +96,8 @@ class Ledger:
             self._since, marks = 0, self._journal.marks
             try:
                 self._flush()
-            except OSError as error:
-                self._journal.append(
-                    {"doubt": str(error)}
-                )  # the kernel may have dropped pages: asking again proves nothing
+            except OSError:
+                self._journal.give_up()
                 raise
             self._journal.append({"sync": marks})
             self._journal.sync()

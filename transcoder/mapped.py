@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from transcoder.errors import InputError, Problem
+from transcoder.errors import InputError, Problem, TranscoderError
 
 PAGE = mmap.PAGESIZE
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: reads pages in, and fails where touching them would kill
@@ -26,6 +28,17 @@ def ready(view: memoryview, start: int, stop: int, file: str, tensor: str) -> me
             if error.errno not in UNKNOWN:
                 raise _lost(file, tensor, start, f"cannot be read: {error.strerror}") from error
     return data
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Errors of the system in the block, which reads a source, are refusals of it. Raises InputError."""
+    try:
+        yield
+    except TranscoderError:
+        raise
+    except OSError as error:
+        raise _lost(str(error.filename or path), "", 0, f"cannot be read: {error.strerror}") from error
 
 
 def read_small(path: Path) -> bytes:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transcoder.errors import OutputError, Problem, UsageError
+from transcoder.errors import OutputError, Problem, TranscoderError, UsageError
 
 
 def check_free(dst: Path, src: Path, overwrite: bool) -> Path:
     """Refuse a destination that cannot be written to; its work folder. Raises OutputError, UsageError."""
+    try:
+        _check_free(dst, src, overwrite)
+    except TranscoderError:
+        raise
+    except OSError as error:
+        raise refused(dst, str(error), "choose a directory that can be written") from error
+    return dst.parent / f"{dst.name}.partial"
+
+
+def _check_free(dst: Path, src: Path, overwrite: bool) -> None:
     one, two = dst.resolve(), src.resolve()
     if one.is_relative_to(two) or two.is_relative_to(one):
         raise UsageError(f"{dst} and {src} lie inside one another", kind="destination")
@@ -16,7 +26,6 @@ def check_free(dst: Path, src: Path, overwrite: bool) -> Path:
         raise refused(dst, "is not a directory", "choose another destination")
     if dst.exists() and any(dst.iterdir()) and not overwrite:
         raise refused(dst, "exists and is not empty", "choose another destination, or give --overwrite")
-    return dst.parent / f"{dst.name}.partial"
 
 
 def refused(path: Path, found: str, hint: str) -> OutputError:

@@ -39,7 +39,7 @@ def publish(out: Path, dst: Path, found: Mapping[str, int], stale: Iterable[str]
 
 def _replace(new: Path, place: Path, inode: int) -> None:
     """Rename `new` to `place`; what cannot be renamed over changes places with it."""
-    if os.path.lexists(place) and place.lstat().st_ino == inode:
+    if os.path.lexists(place) and (not os.path.lexists(new) or place.lstat().st_ino == inode):
         return
     try:
         new.replace(place)  # POSIX: over a file, a link or an empty folder

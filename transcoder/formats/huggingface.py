@@ -148,7 +148,7 @@ def _why_left_out(file: Path) -> str:
     try:
         real = file.resolve(strict=True)
         info = real.stat()
-    except (OSError, RuntimeError) as error:
+    except (FileNotFoundError, RuntimeError) as error:  # a link to nothing, or to itself
         return str(error)
     if file.is_symlink() and not stays_inside(file, real):
         return "a link that leads outside the model's directory"
