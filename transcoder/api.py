@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transcoder.errors import PathLike, UsageError
 from transcoder.mesh import Mesh
 from transcoder.progress import Listener, Tally
-from transcoder.reading import same, verify
+from transcoder.reading import verify, verify_export, verify_import
 
 if TYPE_CHECKING:
     from transcoder.description import Plan
@@ -45,7 +45,6 @@ def hf2mcore(
     checksums: `sha256` to note the SHA-256 of every file, too.
     """
     from transcoder.checksums import check_kind
-    from transcoder.disk import forget_pages
     from transcoder.importing import import_identity, run_import
     from transcoder.iterations import TRACKERS
     from transcoder.paths import check_free
@@ -65,8 +64,7 @@ def hf2mcore(
             work.tally = Tally(plan.model, total, progress)
             work.warnings = run_import(plan, work, workers=hands, tally=work.tally, checksums=checksums)
             if verify:
-                forget_pages(work.out)
-                _verify_import(plan, work.out / plan.folder)
+                verify_import(plan, work.out)
     report = import_report(plan, dst)
     report["warnings"] += work.warnings
     return report | costs(started, total, sum(plan.placement.sizes.values()))
@@ -120,17 +118,6 @@ def plan_hf2mcore(
         )
 
 
-def _verify_import(plan: ImportPlan, folder: Path) -> None:
-    from transcoder.megatron import open_megatron
-    from transcoder.views import cast_view, hf_view, megatron_view
-
-    dtypes = {name: tensor.family.dtype(plan.dtype) for name, tensor in plan.model.hf.items()}
-    source = cast_view(hf_view(plan.source.path, follow_links=True), dtypes)
-    shapes = {name: tensor.shape for name, tensor in plan.model.hf.items()}
-    written = open_megatron(folder, None, plan.architecture, quantised=True, like=shapes)
-    same(source, megatron_view(written), only=set(plan.model.hf))
-
-
 def worker_count(workers: int, memory: int | str) -> int:
     """Workers that fit `memory` of buffers (bytes, or a text such as 64MiB). Raises UsageError when none does."""
     from transcoder.reports import size_of
@@ -164,7 +151,6 @@ def mcore2hf(
     checksums: `sha256` to note the SHA-256 of every file, too.
     """
     from transcoder.checksums import check_kind
-    from transcoder.disk import forget_pages
     from transcoder.exporting import export_identity, run_export
     from transcoder.exportplan import stale_weights
     from transcoder.paths import check_free
@@ -184,8 +170,7 @@ def mcore2hf(
             work.tally = Tally(plan.source.model, total, progress)
             work.warnings = run_export(plan, work, workers=hands, tally=work.tally, checksums=checksums)
             if verify:
-                forget_pages(work.out)
-                _verify_export(plan, work.out)
+                verify_export(plan, work.out)
     return export_report(plan, dst, work.warnings) | costs(started, plan.source.nbytes, total)
 
 
@@ -216,13 +201,6 @@ def plan_mcore2hf(
     with reading(Path(src)):
         megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize))
         return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
-
-
-def _verify_export(plan: ExportPlan, folder: Path) -> None:
-    from transcoder.views import cast_view, hf_view, megatron_view
-
-    dtypes = {name: spec.dtype for name, spec in plan.weights.catalog.items()}
-    same(cast_view(megatron_view(plan.source), dtypes), hf_view(folder))
 
 
 def plan(src: PathLike, *, memory: int | str = MEMORY, **options: Any) -> Plan:

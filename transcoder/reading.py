@@ -12,6 +12,8 @@ from transcoder.errors import DifferenceError, PathLike, Problem
 from transcoder.progress import Listener
 
 if TYPE_CHECKING:
+    from transcoder.exportplan import ExportPlan
+    from transcoder.importing import ImportPlan
     from transcoder.views import View
 
 CLAIMS = ("names", "mcore", "logits", "quantised", "export")
@@ -110,3 +112,27 @@ def open_checkpoint(path: PathLike) -> Any:
     from transcoder.iterations import find_iteration
 
     return open_hf(Path(path)).catalog if is_hf(Path(path)) else open_torch_dist(find_iteration(Path(path))).catalog
+
+
+def verify_import(plan: ImportPlan, out: Path) -> None:
+    """Read what an import wrote into `out`, from the disk, and compare it with the source. Raises DifferenceError."""
+    from transcoder.disk import forget_pages
+    from transcoder.megatron import open_megatron
+    from transcoder.views import cast_view, hf_view, megatron_view
+
+    forget_pages(out)
+    dtypes = {name: tensor.family.dtype(plan.dtype) for name, tensor in plan.model.hf.items()}
+    source = cast_view(hf_view(plan.source.path, follow_links=True), dtypes)
+    shapes = {name: tensor.shape for name, tensor in plan.model.hf.items()}
+    written = open_megatron(out / plan.folder, None, plan.architecture, quantised=True, like=shapes)
+    same(source, megatron_view(written), only=set(plan.model.hf))
+
+
+def verify_export(plan: ExportPlan, out: Path) -> None:
+    """Read what an export wrote into `out`, from the disk, and compare it with the source. Raises DifferenceError."""
+    from transcoder.disk import forget_pages
+    from transcoder.views import cast_view, hf_view, megatron_view
+
+    forget_pages(out)
+    dtypes = {name: spec.dtype for name, spec in plan.weights.catalog.items()}
+    same(cast_view(megatron_view(plan.source), dtypes), hf_view(out))
