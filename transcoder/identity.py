@@ -42,32 +42,34 @@ def _facts(path: Path) -> list[int]:
     return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
 
 
-def check_unchanged(row: Mapping[str, Any]) -> None:
+def check_unchanged(row: Mapping[str, Any], cause: Exception | None = None) -> None:
     """Whether the source files are those that the run began with. Raises InputError naming each that is not."""
     now = {path: _facts(Path(path)) for path in row["source"]}
     if problems := _changed(row["source"], now):
-        raise InputError("the source changed during the run", kind="source-changed", problems=problems)
+        raise InputError("the source changed during the run", kind="source-changed", problems=problems) from cause
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Whether a journal is that of this run. Raises InputError for another source, UsageError for what else differs."""
-    if problems := _changed(old.get("source", {}), new["source"]):
+    """Whether a journal is that of this run. Raises UsageError for another command, InputError for another source."""
+    if asked := _differing(_asked(old), _asked(new)):
+        raise UsageError("the unfinished run is another one", kind="resume", problems=asked)
+    if problems := _changed(old["source"], new["source"]):
         message = "the source is not the one that the unfinished run read; start anew with --overwrite"
         raise InputError(message, kind="source-changed", problems=problems)
+    if plan := _differing({"plan": old["plan"]}, {"plan": new["plan"]}):
+        raise UsageError("the unfinished run is another one", kind="resume", problems=plan)
+
+
+def _asked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What people chose."""
+    options = {f"option {name}": value for name, value in row["options"].items()}
+    return {name: row[name] for name in ("format", "tool", "command")} | options
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
     hint = "give the same command and options with the same version, or start anew with --overwrite"
-    fields = {**_flat(old), **dict.fromkeys(_flat(new).keys() - _flat(old).keys())}
-    problems = [
-        Problem(message=name, expected=str(value), found=str(_flat(new).get(name)), hint=hint)
-        for name, value in fields.items()
-        if value != _flat(new).get(name)
-    ]
-    if problems:
-        raise UsageError("the unfinished run is another one", kind="resume", problems=problems)
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    options = {f"option {name}": value for name, value in row.get("options", {}).items()}
-    return {name: row.get(name) for name in ("format", "tool", "command")} | options | {"plan": row.get("plan")}
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [Problem(message=n, expected=str(old.get(n)), found=str(new.get(n)), hint=hint) for n in names]
 
 
 def _changed(old: Mapping[str, list[int]], new: Mapping[str, list[int]]) -> list[Problem]:

@@ -217,7 +217,7 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
     try:
         writer.prepare()
         ledger.restore(plan.placement.catalog, writer.passed)
-        digests = stream_import(plan, writer.write, ledger, workers, tally)
+        digests = stream_import(plan, writer.write, workers, tally, ledger)
         warnings = write_kept(plan, folder / KEPT, work.sync)
         crcs = writer.finish()
         ledger.sync()
@@ -227,7 +227,9 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
     return warnings
 
 
-def stream_import(plan: ImportPlan, sink: Sink, ledger: Ledger, workers: int, tally: Tally) -> dict[str, str]:
+def stream_import(
+    plan: ImportPlan, sink: Sink, workers: int, tally: Tally, ledger: Ledger | None = None
+) -> dict[str, str]:
     """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
     from transcoder.engine import Payloads, fill, run_groups
 
@@ -235,7 +237,7 @@ def stream_import(plan: ImportPlan, sink: Sink, ledger: Ledger, workers: int, ta
     catalog, digests = plan.source.weights.catalog, dict[str, str]()
 
     def move(tensor: HfTensor) -> None:
-        digests[tensor.name] = _move(plan, tensor, payloads, sink, ledger, tally)
+        digests[tensor.name] = _move(plan, tensor, payloads, sink, tally, ledger)
 
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
     groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
@@ -249,7 +251,9 @@ def stream_import(plan: ImportPlan, sink: Sink, ledger: Ledger, workers: int, ta
     return digests
 
 
-def _move(plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, ledger: Ledger, tally: Tally) -> str:
+def _move(
+    plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, tally: Tally, ledger: Ledger | None
+) -> str:
     """Send one tensor to its chunks, band by band. Returns its digest."""
     from transcoder.engine import converted, scatter, sent
     from transcoder.ledger import Track

@@ -30,10 +30,13 @@ class Mark:
 
 
 class Track:
-    """How far one tensor is. `parts` takes what passed since the last mark, `counts` whatever the mover counts."""
+    """How far one tensor is. `parts` takes what passed since the last mark, `counts` whatever the mover counts.
 
-    def __init__(self, ledger: Ledger, name: str, shape: tuple[int, ...], dtype: DType) -> None:
-        mark = ledger.taken(name)
+    ledger: None when nobody will go on with the run.
+    """
+
+    def __init__(self, ledger: Ledger | None, name: str, shape: tuple[int, ...], dtype: DType) -> None:
+        mark = ledger.taken(name) if ledger else Mark()
         self.name, self.stop, self.counts = name, mark.stop, mark.counts
         self.parts: list[Part] = []
         self.tree = TreeDigest(shape, dtype, mark.leaves)
@@ -47,12 +50,12 @@ class Track:
         """Everything before element `stop` is in its place: noted where the digest has no open leaf."""
         if stop == self._size:
             self.tree.close()
+        if self.tree.even and self._ledger:
+            parts, size = merged(self.parts), sum(part[2] for part in self.parts)
+            row = {"tensor": self.name, "stop": stop, "leaves": self.tree.drain().hex(), "parts": parts}
+            self._ledger.note(row | {"counts": self.counts} if self.counts else row, size)
         if self.tree.even:
-            parts = merged(self.parts)
             self.parts.clear()
-            leaves = self.tree.drain()
-            row = {"tensor": self.name, "stop": stop, "leaves": leaves.hex(), "parts": parts}
-            self._ledger.note(row | {"counts": self.counts} if self.counts else row, sum(part[2] for part in parts))
 
 
 class Ledger:
@@ -69,6 +72,9 @@ class Ledger:
             places = Places(catalog)
             for row in self._journal.done():
                 mark = self._marks.setdefault(row["tensor"], Mark())
+                if row["stop"] <= mark.stop:
+                    message = f"the journal tells twice of {row['tensor']}: start anew with --overwrite"
+                    raise OutputError(message, kind="journal")
                 mark.stop, mark.counts = row["stop"], row.get("counts", {})
                 mark.leaves += bytes.fromhex(row["leaves"])
                 for file, offset, count, crc in row["parts"]:

@@ -123,7 +123,7 @@ def destination(
             keep = _worth_keeping(work, error)
             if not keep:
                 shutil.rmtree(partial, ignore_errors=True)
-            _explain(work, error, keep)
+            _explain(work, error, keep, identity)
             raise
 
 
@@ -178,11 +178,13 @@ def _worth_keeping(work: Work, error: BaseException) -> bool:
     return work.finished or (work.journal.marks > 0 and (lost or not isinstance(error, NOTHING_TO_KEEP)))
 
 
-def _explain(work: Work, error: BaseException, keep: bool) -> None:
-    """Tell what is left; an error of the system becomes one of the destination."""
+def _explain(work: Work, error: BaseException, keep: bool, identity: Mapping[str, Any]) -> None:
+    """Tell what is left; an error of the system becomes one of the destination, a changed source the reason."""
     share = f" at {work.tally.share:.0%}" if work.tally else ""
     if not isinstance(error, Exception):
         error.add_note(f"stopped{share}; continue with --resume" if keep else f"stopped{share}; nothing is left")
+    elif isinstance(error, InputError):
+        check_unchanged(identity, error)
     elif isinstance(error, OSError) and not isinstance(error, TranscoderError):
         hint = (
             "go on with --resume once there is space and the disk works"
