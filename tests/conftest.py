@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,3 +78,29 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     place = tmp_path_factory.mktemp("mcore")
     return {kind: quantised.imported(quantised.made(kind), place / kind) for kind in quantised.KINDS}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model as `source` and what undisturbed conversions give; not to be changed."""
+    from meanwhile import undisturbed
+
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(params=["hf2mcore", "mcore2hf"])
+def line(request: pytest.FixtureRequest, tmp_path: Path, results: dict[str, Path]) -> list[Any]:
+    """A command on a source of its own."""
+    command = str(request.param)
+    source = results["source" if command == "hf2mcore" else "hf2mcore"]
+    own = shutil.copytree(source, tmp_path / "source", symlinks=True)
+    return [command, own, tmp_path / "new", *(["--tp", 2, "--pp", 2] if command == "hf2mcore" else [])]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many calls were made to fail, over all conversions and processes."""
+    passed = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    found = [value for report in passed for name, value in report.user_properties if name == "faults"]
+    if found:
+        points, faults = (sum(int(value[n]) for value in found) for n in range(2))
+        terminalreporter.write_line(f"faults: {faults} injected at {points} distinct calls of {len(found)} conversions")

@@ -1,4 +1,4 @@
-"""The smallest models on which every path of a conversion is taken, and what an undisturbed conversion makes of them."""
+"""The smallest models on which every path of a conversion is taken."""
 
 from __future__ import annotations
 

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+Place = tuple[int, bytes | str | None]  # the number, and what is there
+State = dict[str, Place]  # by path
 Tree = dict[str, bytes | str | None]  # by path below the folder: a file's bytes, where a link leads, None for a folder
 Entries = dict[int, dict[str, int]]  # of every folder: names and the numbers of what they name
 Change = tuple[int, str, int | None]  # in a folder, this name means this number, or nothing any longer
 BLOCK = 64  # bytes: as small for these models as a page is for real ones
 ROOT = 0
 _REAL = os.open, os.close, os.fstat, os.lstat, os.read, os.readlink, os.listdir  # before anybody patches them
+_NAMES = os.link, os.rename, os.unlink, os.rmdir, os.mkdir, os.pwrite, os.ftruncate
 
 
 @dataclass
@@ -34,7 +37,10 @@ class Node:
 
 @dataclass
 class Disk:
-    """A folder as processes see it and as it would be found after a power loss now; at first the two are the same."""
+    """A folder as processes see it and as it would be found after a power loss now; at first the two are the same.
+
+    What is removed goes to a yard, a folder beside it, so that a state of before can have it back with its number.
+    """
 
     top: Path
     nodes: dict[int, Node] = field(default_factory=dict)
@@ -42,6 +48,9 @@ class Disk:
     pending: list[list[Change]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.yard = self.top.with_name(f"{self.top.name} yard")
+        shutil.rmtree(self.yard, ignore_errors=True)
+        self.yard.mkdir()
         self._walk(self.top)
 
     def _walk(self, folder: Path) -> None:
@@ -82,6 +91,22 @@ class Disk:
         gone, there = (self.number(old.parent), old.name, None), (self.number(new.parent), new.name, self._known(new))
         self.pending.append([gone, there])
 
+    def bury(self, path: Path) -> bool:
+        """Remove a file, link or empty folder so that it can come back. Returns False if there is none."""
+        try:
+            facts = _REAL[3](path)
+        except FileNotFoundError:
+            return False
+        if stat.S_ISDIR(facts.st_mode) and _REAL[6](path):
+            return False
+        self._known(path)
+        grave = self.yard / str(facts.st_ino)
+        if os.path.lexists(grave):
+            _NAMES[2](path)
+        else:
+            _NAMES[1](path, grave)
+        return True
+
     def exchanged(self, one: Path, two: Path) -> None:
         """Two names changed places."""
         self.pending.append([(self.number(path.parent), path.name, self._known(path)) for path in (one, two)])
@@ -101,40 +126,71 @@ class Disk:
         """Flushing a file failed: what was not flushed before is forgotten, its place stays."""
         node = self.nodes.get(_REAL[2](file).st_ino)
         if node is not None and not node.folder:
-            found = _padded(node)
-            with open(f"/proc/self/fd/{node.pin}", "r+b", buffering=0) as again:
-                again.write(found)
+            _rewrite(f"/proc/self/fd/{node.pin}", _padded(node))
 
-    def states(self, seed: int = 0) -> Iterator[tuple[str, Tree]]:
-        """What may be found, in words and as a tree."""
+    def states(self, seed: int = 0) -> Iterator[tuple[str, State]]:
+        """What may be found, in words and as a state."""
         count, chance = len(self.pending), random.Random(seed)
-        yield "no unflushed data", self._tree(count, _padded)
-        yield "no unflushed data, not even its place", self._tree(count, lambda node: node.durable)
-        yield "nothing unflushed", self._tree(0, lambda node: node.durable)
-        yield "no unflushed entries", self._tree(0, Node.current)
-        yield "half of the entries", self._tree(count // 2, _padded)
-        yield "all entries but the last", self._tree(max(0, count - 1), lambda node: node.durable)
-        yield "some blocks", self._tree(count, lambda node: _mixed(node, chance))
+        yield "no unflushed data", self._state(count, _padded)
+        yield "no unflushed data, not even its place", self._state(count, lambda node: node.durable)
+        yield "nothing unflushed", self._state(0, lambda node: node.durable)
+        yield "no unflushed entries", self._state(0, Node.current)
+        yield "half of the entries", self._state(count // 2, _padded)
+        yield "all entries but the last", self._state(max(0, count - 1), lambda node: node.durable)
+        yield "some blocks", self._state(count, lambda node: _mixed(node, chance))
 
-    def _tree(self, count: int, found: Callable[[Node], bytes]) -> Tree:
+    def now(self) -> State:
+        """What a process finds."""
+        return self._state(len(self.pending), Node.current)
+
+    def _state(self, count: int, found: Callable[[Node], bytes]) -> State:
         entries = {number: dict(names) for number, names in self.entries.items()}
         for change in self.pending[:count]:
             _apply(entries, change)
-        tree: Tree = {}
-        self._list(self.number(self.top), "", entries, found, tree)
-        return tree
+        state: State = {}
+        self._list(self.number(self.top), "", entries, found, state)
+        return state
 
-    def _list(self, number: int, path: str, entries: Entries, found: Callable[[Node], bytes], tree: Tree) -> None:
+    def _list(self, number: int, path: str, entries: Entries, found: Callable[[Node], bytes], state: State) -> None:
         for name, inner in sorted(entries.get(number, {}).items()):
             node, below = self.nodes[inner], f"{path}{name}"
-            tree[below] = None if node.folder else found(node) if node.target is None else node.target
+            state[below] = inner, None if node.folder else found(node) if node.target is None else node.target
             if node.folder:
-                self._list(inner, f"{below}/", entries, found, tree)
+                self._list(inner, f"{below}/", entries, found, state)
+
+    def make(self, state: State) -> None:
+        """Let the folder hold exactly this, under the same numbers."""
+        for folder, names, files in os.walk(self.top, topdown=False):
+            for name in (*files, *names):
+                self.bury(Path(folder) / name)
+        for name, (number, found) in state.items():
+            grave = self.yard / str(number)
+            if found is None:
+                _NAMES[1](grave, self.top / name)
+            else:
+                _NAMES[0](grave, self.top / name, follow_symlinks=False)
+            if isinstance(found, bytes):
+                _rewrite(self.top / name, found)
 
     def close(self) -> None:
         """Let go of everything."""
         while self.nodes:
             _REAL[1](self.nodes.popitem()[1].pin)
+        shutil.rmtree(self.yard)
+
+
+def _rewrite(path: str | Path, data: bytes) -> None:
+    file = _REAL[0](path, os.O_WRONLY)
+    try:
+        _NAMES[6](file, 0)
+        _NAMES[5](file, data, 0)
+    finally:
+        _REAL[1](file)
+
+
+def tree_of(state: State) -> Tree:
+    """The state without numbers."""
+    return {name: found for name, (_, found) in state.items()}
 
 
 def _pin(path: Path) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,9 +68,32 @@ def _libc(name: str, *types: type) -> Callable[..., int] | None:
     return call
 
 
+def there(path: Path) -> bool:
+    """Whether something, be it a link to nothing, has this name. Raises OSError when that cannot be told."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder, not a link to one, has this name. Raises OSError when that cannot be told."""
+    return there(path) and stat.S_ISDIR(path.lstat().st_mode)
+
+
+def walk(root: Path, topdown: bool = True) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` that leaves out nothing. Raises OSError for a folder that cannot be read."""
+    return os.walk(root, topdown, _raised)
+
+
+def _raised(error: OSError) -> None:
+    raise error
+
+
 def sync_folders(root: Path) -> None:
     """Make the entries of a folder and of all folders below it durable."""
-    for folder, _, _ in os.walk(root):
+    for folder, _, _ in walk(root):
         sync_folder(Path(folder))
 
 

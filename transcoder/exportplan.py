@@ -140,9 +140,14 @@ def _files_below(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def stale_weights(folder: Path) -> set[str]:
-    """Weight files of an earlier model in `folder` that would shadow or outlive the new ones."""
+    """Weight files of an earlier model in `folder` that would shadow or outlive the new ones. Raises OutputError."""
+    from transcoder.disk import there
     from transcoder.formats.safetensors import read_index
+    from transcoder.paths import refused
 
-    index = folder / INDEX_NAME
-    named = set(read_index(index).values()) if index.is_file() else set()
-    return {name for name in (*named, INDEX_NAME, SINGLE_NAME) if plain_name(name) and (folder / name).is_file()}
+    try:
+        index = folder / INDEX_NAME
+        named = set(read_index(index).values()) if there(index) else set()
+        return {name for name in (*named, INDEX_NAME, SINGLE_NAME) if plain_name(name) and there(folder / name)}
+    except OSError as error:
+        raise refused(folder, str(error), "choose a directory that can be read") from error

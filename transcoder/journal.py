@@ -132,9 +132,12 @@ class Journal:
                 raise OSError(errno.ENOSPC, "no space left for the journal", str(self.path))
             self.marks += "tensor" in row
 
-    def publish(self, entries: Mapping[str, int], warnings: list[str]) -> None:
-        """Note, durably, that everything is complete and which entries are about to appear. Raises OSError."""
-        row = {"publish": dict(entries), "sync": self.marks, "warnings": warnings}
+    def publish(self, entries: Mapping[str, int], warnings: list[str], *, durable: bool) -> None:
+        """Note, durably, that everything is complete and which entries are about to appear. Raises OSError.
+
+        durable: whether what is complete is so, too; if not, a restart of the machine makes the record void.
+        """
+        row = {"publish": dict(entries), "sync": self.marks if durable else 0, "warnings": warnings}
         self.append(row)
         self.sync()
         self.publication = row

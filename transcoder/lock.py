@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transcoder.disk import there
 from transcoder.errors import OutputError, Problem
 
 LOCK, LEASE = "lock", "lease"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # what a file system without them says
 
 
 @contextmanager
@@ -36,9 +39,13 @@ def _locked(file: int, folder: Path) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _busy(folder, os.pread(file, 400, 0).decode(errors="replace"), "wait for it to end") from None
-    except OSError:
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         _lease(folder)
         return False
+    if there(folder / LEASE):
+        raise _leased(folder)
     if not _same(file, folder / LOCK):
         raise _busy(folder, "another run, which has just ended", "try again")
     return True
@@ -55,10 +62,13 @@ def _lease(folder: Path) -> None:
     try:
         os.close(os.open(folder / LEASE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
     except FileExistsError:
-        age = time.time() - (folder / LEASE).stat().st_mtime
-        holder = (folder / LOCK).read_text(errors="replace")[:400]
-        hint = f"if it runs no more, remove {folder / LEASE}"
-        raise _busy(folder, f"{holder}, {age:.0f} seconds ago", hint) from None
+        raise _leased(folder) from None
+
+
+def _leased(folder: Path) -> OutputError:
+    age = time.time() - (folder / LEASE).stat().st_mtime
+    holder = (folder / LOCK).read_text(errors="replace")[:400]
+    return _busy(folder, f"{holder}, {age:.0f} seconds ago", f"if it runs no more, remove {folder / LEASE}")
 
 
 def _sign(file: int) -> None:

@@ -10,16 +10,16 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from transcoder.disk import exchange, sync_folder
+from transcoder.disk import exchange, is_folder, sync_folder, there, walk
 
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # what renaming over another kind of entry says
 
 
 def entries(out: Path, dst: Path, whole: bool) -> dict[str, int]:
     """What will appear, with inodes: the folder itself as `.`, or its entries, folders first and trackers last."""
-    if whole or not dst.exists() or not any(dst.iterdir()):
+    if whole or not there(dst) or not any(dst.iterdir()):
         return {".": out.stat().st_ino}
-    made = sorted(out.iterdir(), key=lambda entry: (entry.is_symlink() or not entry.is_dir(), entry.name))
+    made = sorted(out.iterdir(), key=lambda entry: (not is_folder(entry), entry.name))
     return {entry.name: entry.lstat().st_ino for entry in made}
 
 
@@ -39,7 +39,7 @@ def publish(out: Path, dst: Path, found: Mapping[str, int], stale: Iterable[str]
 
 def _replace(new: Path, place: Path, inode: int) -> None:
     """Rename `new` to `place`; what cannot be renamed over changes places with it."""
-    if os.path.lexists(place) and (not os.path.lexists(new) or place.lstat().st_ino == inode):
+    if there(place) and (not there(new) or place.lstat().st_ino == inode):
         return
     try:
         new.replace(place)  # POSIX: over a file, a link or an empty folder
@@ -54,14 +54,14 @@ def _replace(new: Path, place: Path, inode: int) -> None:
 def keep_foreign(out: Path, dst: Path, stale: Iterable[str]) -> None:
     """Hard-link into `out` what `dst` holds beyond it, apart from the names in `stale`. Raises OSError."""
     gone = {dst / name for name in stale}
-    for folder, names, files in os.walk(dst):
+    for folder, names, files in walk(dst):
         place = out / Path(folder).relative_to(dst)
         for name in [*names, *files]:
             old, new = Path(folder) / name, place / name
-            if old in gone or os.path.lexists(new):
+            if old in gone or there(new):
                 continue
-            if name in names and not old.is_symlink():
+            if is_folder(old):
                 new.mkdir()
             else:
                 os.link(old, new, follow_symlinks=False)
-        names[:] = [name for name in names if (place / name).is_dir() and not (place / name).is_symlink()]
+        names[:] = [name for name in names if is_folder(place / name)]

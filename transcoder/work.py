@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transcoder.disk import sync_folders
+from transcoder.disk import is_folder, sync_folders, there, walk
 from transcoder.errors import DifferenceError, InputError, OutputError, Problem, TranscoderError, UsageError
 from transcoder.identity import check_same, check_unchanged
 from transcoder.journal import NAME as JOURNAL
@@ -59,7 +60,7 @@ class Work:
 
 
 def _whole(path: Path, size: int) -> bool:
-    return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+    return there(path) and stat.S_ISREG(path.lstat().st_mode) and path.lstat().st_size == size
 
 
 def _durable(path: Path) -> bool:
@@ -75,9 +76,9 @@ def _durable(path: Path) -> bool:
 
 
 def _clear(root: Path, kept: set[Path]) -> None:
-    for folder, names, files in os.walk(root, topdown=False):
+    for folder, names, files in walk(root, topdown=False):
         for path in (Path(folder) / name for name in [*files, *names]):
-            if path.is_dir() and not path.is_symlink():
+            if is_folder(path):
                 with suppress(OSError):  # it holds what is kept
                     path.rmdir()
             elif path not in kept:
@@ -85,7 +86,7 @@ def _clear(root: Path, kept: set[Path]) -> None:
 
 
 def _check_space(out: Path, sizes: Mapping[str, int]) -> None:
-    found = [(out / name).stat().st_blocks * 512 for name in sizes if (out / name).exists()]
+    found = [(out / name).stat().st_blocks * 512 for name in sizes if there(out / name)]
     needed, free = sum(sizes.values()) - sum(found), shutil.disk_usage(out).free
     if needed > free:
         problem = Problem(file=str(out), expected=f"{needed} bytes free", found=f"{free}", hint="choose another disk")
@@ -118,11 +119,11 @@ def destination(
                 check_free(dst, src, False)
             yield work
             _publish(work, identity, whole, list(stale))
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         except BaseException as error:
             keep = _worth_keeping(work, error)
             if not keep:
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
             _explain(work, error, keep, identity)
             raise
 
@@ -130,8 +131,9 @@ def destination(
 def _opened(
     partial: Path, dst: Path, identity: Mapping[str, Any], overwrite: bool, resume: bool, sync: bool, stack: ExitStack
 ) -> Work:
-    new = not partial.exists()
+    new = False
     try:
+        new = not there(partial)
         partial.mkdir(parents=True, exist_ok=True)
         if strange := {entry.name for entry in partial.iterdir()} - OURS:
             raise refused(partial, f"holds {min(strange)}, which no run made", "move it away")
@@ -143,9 +145,22 @@ def _opened(
         raise
     except OSError as error:
         if new:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         raise refused(partial, str(error), "choose a directory that can be written") from error
     return Work(dst, partial / "out", journal, sync, warnings=(journal.publication or {}).get("warnings", []))
+
+
+def _remove(partial: Path) -> None:
+    """Remove a work folder as far as the system lets us; what keeps others out goes last."""
+    with suppress(OSError):
+        for entry in partial.iterdir():
+            if is_folder(entry):
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name not in (LOCK, LEASE):
+                entry.unlink()
+        (partial / LOCK).unlink(missing_ok=True)
+        (partial / LEASE).unlink(missing_ok=True)
+        partial.rmdir()
 
 
 def _continue(journal: Journal, partial: Path, identity: Mapping[str, Any], overwrite: bool, resume: bool) -> None:
@@ -165,11 +180,11 @@ def _publish(work: Work, identity: Mapping[str, Any], whole: bool, stale: list[s
     journal = work.journal
     if journal.publication is None:
         check_unchanged(identity)
-        if whole and work.dst.is_dir():
+        if whole and there(work.dst):
             keep_foreign(work.out, work.dst, stale)
         if work.sync:
             sync_folders(work.out.parent)
-        journal.publish(entries(work.out, work.dst, whole), work.warnings)
+        journal.publish(entries(work.out, work.dst, whole), work.warnings, durable=work.sync)
     publish(work.out, work.dst, (journal.publication or {})["publish"], stale)
 
 
