@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="tokens to generate")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--larger", action="store_true", help="make a model of 1.1 billion parameters")
+    parser.add_argument("--larger", action="store_true", help="make a model of a billion parameters")
     parser.add_argument("--profile", action="store_true", help="count kernels and launches, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

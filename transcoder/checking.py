@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,8 @@ from transcoder import manifest
 from transcoder.errors import DifferenceError, InputError, Problem
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import TorchDist, map_file, open_torch_dist
-from transcoder.iterations import current_rows, find_iteration
+from transcoder.iterations import current_rows, find_iteration, notes
+from transcoder.original import kept_headers, kept_index
 from transcoder.progress import Listener, Progress
 from transcoder.spec import Chunk
 
@@ -29,7 +31,8 @@ def check(directory: Path, quick: bool, sample: float, listener: Listener | None
     try:
         if is_hf(directory):
             return _check_hf(directory)
-        return _check_megatron(find_iteration(directory), 0.0 if quick else sample, listener)
+        report = _check_megatron(find_iteration(directory), 0.0 if quick else sample, listener)
+        return report | {"warnings": [*notes(directory), *report["warnings"]]}
     except InputError as error:
         if error.kind in NOT_DAMAGE:
             raise
@@ -38,7 +41,7 @@ def check(directory: Path, quick: bool, sample: float, listener: Listener | None
 
 def is_hf(directory: Path) -> bool:
     """Whether the directory is a Hugging Face one, by its marker file."""
-    return (directory / "config.json").is_file() and not (directory / ".metadata").is_file()
+    return os.path.lexists(directory / "config.json") and not os.path.lexists(directory / ".metadata")
 
 
 def _check_hf(directory: Path) -> dict[str, Any]:
@@ -57,7 +60,12 @@ def _check_hf(directory: Path) -> dict[str, Any]:
 
 def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> dict[str, Any]:
     store = open_torch_dist(folder)
-    rows = {row["name"]: row for row in current_rows(folder, manifest.read(folder))}
+    table = manifest.read(folder)
+    if table:  # what would be restored: raises InputError when it is damaged
+        kept_headers(table)
+        kept_index(table)
+    rows = {row["name"]: row for row in current_rows(folder, table)}
+    unproved = [] if rows else [f"no {manifest.NAME}: only what the format itself records was checked"]
     chunks = _by_file(store)
     problems = list(manifest.changed_files(folder, rows.values()))
     chunks |= {name: [] for name, row in rows.items() if row["digest"].startswith("crc32") and name not in chunks}
@@ -78,7 +86,7 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
         "tensors": len(store.tensors),
         "bytes_read": total if sample else 0,
         "checked": {"files": len(chunks), "bytes": total, "checksums": counted, "digests": len(rows)},
-        "warnings": [] if rows else [f"no {manifest.NAME}: only what the format itself records was checked"],
+        "warnings": [*store.warnings, *unproved],
     }
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from transcoder.errors import PathLike, UsageError
-from transcoder.hfconfig import normalise, read_config
+from transcoder.hfconfig import read_config
 from transcoder.mesh import Mesh
 from transcoder.runtime.device import init_parallel, install_cuda_shim
 
@@ -34,8 +34,9 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
 from transcoder.runtime.cache import KVCache  # noqa: E402
-from transcoder.runtime.config import check_grid, is_multimodal, transformer_config  # noqa: E402
+from transcoder.runtime.config import check_grid, is_multimodal, model_arguments, transformer_config  # noqa: E402
 from transcoder.runtime.decoding import Recorded, recordable  # noqa: E402
+from transcoder.runtime.fields import stored_model  # noqa: E402
 from transcoder.runtime.rotary import MultimodalRotary, Rotary, rotary  # noqa: E402
 from transcoder.runtime.specs import local_layers  # noqa: E402
 
@@ -57,18 +58,19 @@ def cast_parameters(model: Any, dtype: Any) -> None:
 
 def _construct(config: dict[str, Any], mcore: Any, layers: Any, tp: int) -> Any:
     """The stage of this rank, still without weights."""
-    vocab = int(config["vocab_size"])
-    return Stage(
+    arguments = model_arguments(config)
+    vocab = int(arguments.pop("vocab_size"))
+    model = Stage(
         mcore,
         layers,
         vocab_size=-(-vocab // tp) * tp,
-        max_sequence_length=int(config.get("max_position_embeddings") or 2048),
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         parallel_output=False,
-        share_embeddings_and_output_weights=bool(config["tie_word_embeddings"]),
-        position_embedding_type="mrope" if is_multimodal(config) else "rope",
+        **arguments,
     )
+    model.real_vocab = vocab
+    return model
 
 
 def _set_factor(mcore: Any, factor: float) -> None:
@@ -92,17 +94,15 @@ def build_model(
     """
     if isinstance(layer_spec, str) and layer_spec != "local":
         raise ValueError(f"unknown layer spec {layer_spec!r}")
-    values = normalise(config)
     processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    check_grid(values, mesh, processes)
+    check_grid(config, mesh, processes)
     init_parallel(mesh)
-    mcore, (inv_freq, factor) = transformer_config(values, mesh, dtype), rotary(values)
+    mcore, (inv_freq, factor) = transformer_config(config, mesh, dtype), rotary(config)
     _set_factor(mcore, factor)  # before its layers are made, some versions of which keep it
     with torch.device(device):
         layers = local_layers(mcore) if isinstance(layer_spec, str) else layer_spec(mcore)
-        model = _construct(values, mcore, layers, mesh.tp)
-    model.real_vocab = int(values["vocab_size"])
-    model.rotary_pos_emb = (MultimodalRotary if is_multimodal(values) else Rotary)(inv_freq.to(device))
+        model = _construct(config, mcore, layers, mesh.tp)
+    model.rotary_pos_emb = (MultimodalRotary if is_multimodal(config) else Rotary)(inv_freq.to(device))
     cast_parameters(model, mcore.params_dtype)
     return model.eval()
 
@@ -133,8 +133,18 @@ def build(
 
 
 def config_of(path: PathLike, hf_model: PathLike | None = None) -> dict[str, Any]:
-    """The parsed config.json of a Hugging Face directory, or of the one that a Megatron checkpoint carries."""
-    return read_config(reference_of(path, hf_model))
+    """The parsed config.json of a Hugging Face directory, or of the one that a Megatron checkpoint carries.
+
+    Of a checkpoint without one its own configuration, in Megatron's names.
+    """
+    from transcoder.iterations import find_iteration
+
+    reference = reference_of(path, hf_model)
+    if hf_model is None and not (reference / "config.json").is_file():
+        folder = find_iteration(Path(path))
+        if (folder / ".metadata").is_file():
+            return stored_model(folder)
+    return read_config(reference)
 
 
 def reference_of(path: PathLike, hf_model: PathLike | None = None) -> Path:

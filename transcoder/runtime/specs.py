@@ -40,7 +40,7 @@ def _local_layer(config: Any, experts: int | None) -> Any:
 
 
 def _parts_of(spec: Any) -> Any:
-    """The submodules of a ModuleSpec, or of the function that stands in its place in megatron-core 0.19."""
+    """The submodules of a ModuleSpec, or of the function that stands in its place from megatron-core 0.18 on."""
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
