@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bits = NDArray[Any]
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # its bits
 _BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 
 
@@ -24,6 +25,18 @@ def cast(bits: Bits, source: str, target: str) -> Bits:
 def add(bits: Bits, dtype: str, amount: float) -> Bits:
     """The elements of `bits` (raw bits of `dtype`) plus `amount`, rounded to nearest even."""
     return from_float32(to_float32(bits, dtype) + np.float32(amount), dtype)
+
+
+def finite(bits: Bits, dtype: str) -> bool:
+    """Whether raw bits hold neither NaN nor infinity: of either sign these are the largest, seen as integers.
+
+    >>> finite(np.array([0x7F7F, 0xFF7F], np.uint16), "bfloat16"), finite(np.array([0, 0xFF80], np.uint16), "bfloat16")
+    (True, False)
+    """
+    if dtype not in _INFINITY or not bits.size:
+        return True
+    first, sign = _INFINITY[dtype], 1 << 8 * bits.itemsize - 1
+    return int(bits.view(f"<i{bits.itemsize}").max()) < first and int(bits.max()) < first + sign
 
 
 def to_float32(bits: Bits, source: str) -> NDArray[np.float32]:

@@ -110,7 +110,6 @@ BAD: dict[str, tuple[int, str, Callable[[Place], Words]]] = {
     "grid": (2, "mesh", lambda p: ["hf2mcore", EXAMPLE, p.new, "--tp", 3]),
     "plan grid": (2, "mesh", lambda p: ["plan", EXAMPLE, "--pp", 5]),
     "roundtrip grid": (2, "mesh", lambda p: ["roundtrip", EXAMPLE, "--ep", 2]),
-    "resume": (2, "unsupported", lambda p: ["mcore2hf", p.mcore, p.new, "--resume"]),
     "inside": (2, "destination", lambda p: ["mcore2hf", p.mcore, p.mcore / "hf"]),
     "no source": (3, "not-found", lambda p: ["hf2mcore", p.new, p.new.parent / "b"]),
     "no megatron source": (3, "not-found", lambda p: ["mcore2hf", p.new, p.new.parent / "b"]),

@@ -106,18 +106,20 @@ def test_the_lines_of_a_comparison_and_its_logs(capsys: pytest.CaptureFixture[st
 def test_a_wrong_checkpoint_is_exit_status_5_live_and_from_logs(
     wrong: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    status, out, _ = command(
+    status, out, err = command(
         capsys, "--hf_model_path", EXAMPLE, "--megatron_model_path", wrong, "--prompt", PROMPT,
         "--enable_debug_hooks", "--log-dir", tmp_path,
     )  # fmt: skip
     (line,) = re.findall("^First divergence: .*$", out, re.M)
     assert status == 5 and "\nVerdict: FAIL\n" in out and " exceeds " in out
+    assert err.startswith("error: Hugging Face and Megatron differ: ") and err.count("\n") == 1
     assert line.startswith(
         "First divergence: model.layers.2.mlp.gate_proj <-> decoder.layers.2.mlp.linear_fc1 (output, relative error "
     )
     one, other = (tmp_path / name for name in LOGS)
     for logs in ((one, other), (other, one)):
-        assert command(capsys, "--diff", *logs) == (5, f"{line}\n", "")
+        pair = line.removeprefix("First divergence: ")
+        assert command(capsys, "--diff", *logs) == (5, f"{line}\n", f"error: the logs differ: {pair}\n")
     status, out, _ = command(capsys, "--diff", one, one, "--html", tmp_path / "same.html")
     assert status == 0 and out.startswith("First divergence: none in ") and (tmp_path / "same.html").exists()
 

@@ -27,6 +27,7 @@ from transcoder.runtime.device import shutdown
 from transcoder.runtime.generation import Printer, Request, Step
 from transcoder.runtime.process import guarded
 from transcoder.runtime.session import choose_dtype
+from transcoder.runtime.voice import Voice
 
 PROMPT = "The assert statement"
 LIMIT = 64
@@ -245,9 +246,9 @@ def test_every_failure_has_its_exit_status(
     def work() -> int:
         raise error
 
-    assert guarded(work) == code
+    assert guarded(work, Voice("generate")) == code
     assert words in (err := capsys.readouterr().err) and "Traceback" not in err
-    guarded(work, debug=True)
+    guarded(work, Voice("generate", level="debug"))
     assert ("Traceback" in capsys.readouterr().err) == (code != 130)
 
 

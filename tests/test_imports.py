@@ -27,12 +27,13 @@ FOUNDATION: dict[str, set[str]] = {
     "transcoder.layout": {"transcoder.notation"},
     "transcoder.moves": {"transcoder.layout", "transcoder.notation", "transcoder.spec"},
     "transcoder.mesh": {"transcoder.errors"},
-    "transcoder.hfconfig": {"transcoder.errors"},
+    "transcoder.paths": {"transcoder.errors"},
+    "transcoder.hfconfig": {"transcoder.errors", "transcoder.paths"},
     "transcoder.recipe": {"transcoder.layout", "transcoder.notation", "transcoder.errors"},
 }
 ABOVE_FORMATS = {"planner", "atlas", "checks", "engine", "importing", "exporting", "megatron", "api", "cli"}
-ABOVE_RECIPES = ABOVE_FORMATS | {"formats", "dialects", "manifest", "paths"}
-ABOVE_PLANNER = ABOVE_FORMATS - {"planner"} | {"formats", "manifest", "paths"}
+ABOVE_RECIPES = ABOVE_FORMATS | {"formats", "dialects", "manifest"}
+ABOVE_PLANNER = ABOVE_FORMATS - {"planner"} | {"formats", "manifest"}
 
 
 def sources() -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ def test_links_out_of_the_directory_are_followed_on_request_alone(llama: Path, t
     linked = tmp_path / "linked"
     linked.mkdir()
     for file in llama.iterdir():
-        (linked / file.name).symlink_to(file)
+        if file.suffix == ".safetensors":
+            (linked / file.name).symlink_to(file)
+        else:
+            shutil.copy(file, linked)
     one, two = build(llama, device="cpu"), build(linked, device="cpu")
     with pytest.raises(InputError, match="a link that leads outside"):
         load(two, linked)

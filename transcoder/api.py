@@ -47,7 +47,7 @@ def hf2mcore(
     from transcoder.checksums import check_kind
     from transcoder.importing import import_identity, run_import
     from transcoder.iterations import TRACKERS
-    from transcoder.paths import check_free
+    from transcoder.publishing import check_free
     from transcoder.reports import costs, import_report
     from transcoder.work import destination
 
@@ -153,7 +153,7 @@ def mcore2hf(
     from transcoder.checksums import check_kind
     from transcoder.exporting import export_identity, run_export
     from transcoder.exportplan import stale_weights
-    from transcoder.paths import check_free
+    from transcoder.publishing import check_free
     from transcoder.reports import costs, export_report
     from transcoder.work import destination
 
@@ -236,7 +236,7 @@ def roundtrip(
     megatron_save_path: write the Megatron checkpoint, too, and go through it. megatron_load_path: go through this one.
     """
     from transcoder.importing import import_identity
-    from transcoder.paths import check_free
+    from transcoder.publishing import check_free
     from transcoder.reports import costs, import_report
     from transcoder.roundtrips import into_files, through_memory
     from transcoder.work import destination
@@ -265,7 +265,9 @@ def roundtrip(
             into_files(work, folder, hands, tally)
     written = (total if place else 0) + (sum(work.placement.sizes.values()) if megatron_save_path else 0)
     rows = [_row(work, name) for name in work.model.hf]
-    return import_report(work, place) | {"verified": rows} | costs(started, total, written)
+    report = import_report(work, place)
+    report["warnings"] += tally.warnings()
+    return report | {"verified": rows} | costs(started, total, written)
 
 
 def _through_files(src: PathLike, megatron: PathLike, place: Path | None, quantised: bool, **options: Any) -> None:

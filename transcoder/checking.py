@@ -13,9 +13,10 @@ from isal.isal_zlib import crc32, crc32_combine
 from transcoder import checksums, manifest
 from transcoder.errors import DifferenceError, InputError, Problem
 from transcoder.formats.huggingface import open_hf
-from transcoder.formats.torch_dist import TorchDist, map_file, open_torch_dist
-from transcoder.iterations import current_rows, find_iteration
-from transcoder.mapped import read_small
+from transcoder.formats.torch_dist import TorchDist, open_torch_dist
+from transcoder.iterations import current_rows, find_iteration, notes
+from transcoder.original import kept_headers, kept_index
+from transcoder.paths import map_file
 from transcoder.progress import Listener, Progress
 from transcoder.spec import Chunk
 
@@ -32,7 +33,8 @@ def check(directory: Path, quick: bool, sample: float, listener: Listener | None
     try:
         if is_hf(directory):
             return _check_hf(directory, 0.0 if quick else sample)
-        return _check_megatron(find_iteration(directory), 0.0 if quick else sample, listener)
+        report = _check_megatron(find_iteration(directory), 0.0 if quick else sample, listener)
+        return report | {"warnings": [*notes(directory), *report["warnings"]]}
     except InputError as error:
         if error.kind in NOT_DAMAGE:
             raise
@@ -41,12 +43,12 @@ def check(directory: Path, quick: bool, sample: float, listener: Listener | None
 
 def is_hf(directory: Path) -> bool:
     """Whether the directory is a Hugging Face one, by its marker file."""
-    return (directory / "config.json").is_file() and not (directory / ".metadata").is_file()
+    return os.path.lexists(directory / "config.json") and not os.path.lexists(directory / ".metadata")
 
 
 def _check_hf(directory: Path, sample: float) -> dict[str, Any]:
     source = open_hf(directory)
-    listed = checksums.parse(read_small(directory / checksums.SUMS)) if (directory / checksums.SUMS).is_file() else {}
+    listed = checksums.read(directory)
     if sample >= 100 and (problems := list(checksums.changed(directory, listed, WORKERS))):
         raise DifferenceError(f"{directory} is damaged", kind="damage", problems=problems)
     _ = source.weights  # raises InputError for quantised weights that lack their scales
@@ -63,7 +65,12 @@ def _check_hf(directory: Path, sample: float) -> dict[str, Any]:
 
 def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> dict[str, Any]:
     store = open_torch_dist(folder)
-    rows = {row["name"]: row for row in current_rows(folder, manifest.read(folder))}
+    table = manifest.read(folder)
+    if table:  # what would be restored: raises InputError when it is damaged
+        kept_headers(table)
+        kept_index(table)
+    rows = {row["name"]: row for row in current_rows(folder, table)}
+    unproved = [] if rows else [f"no {manifest.NAME}: only what the format itself records was checked"]
     chunks = _by_file(store)
     problems = list(manifest.changed_files(folder, rows.values()))
     chunks |= {name: [] for name, row in rows.items() if row["digest"].startswith("crc32") and name not in chunks}
@@ -87,7 +94,7 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
         "tensors": len(store.tensors),
         "bytes_read": total if sample else 0,
         "checked": {"files": len(chunks), "bytes": total, "checksums": counted, "digests": len(rows)},
-        "warnings": [] if rows else [f"no {manifest.NAME}: only what the format itself records was checked"],
+        "warnings": [*store.warnings, *unproved],
     }
 
 

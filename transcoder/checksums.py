@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from transcoder.errors import Problem, UsageError, refuse
-from transcoder.formats.safetensors import open_regular
+from transcoder.errors import Problem, UsageError, reason, refuse
+from transcoder.paths import open_regular, read_small
 
 SUMS = "SHA256SUMS"  # in a Hugging Face directory, as sha256sum writes it
-LIMIT = 1 << 24  # bytes
+LIMIT = 1 << 24  # bytes of it
+PIECE = 1 << 20  # bytes of one read
 KINDS = ("", "sha256")
 
 
@@ -23,8 +24,11 @@ def check_kind(kind: str) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file. Raises OSError."""
-    with open_regular(path, True) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open_regular(path, follow_links=True) as file:
+        while data := file.read(PIECE):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def sums(folder: Path, names: Iterable[str], workers: int) -> dict[str, str]:
@@ -45,8 +49,20 @@ def text(found: Mapping[str, str]) -> bytes:
     return "".join(f"{digest}  {name}\n" for name, digest in sorted(found.items())).encode()
 
 
-def parse(data: bytes) -> dict[str, str]:
-    """The sums of such a list by file name. Raises InputError."""
+def read(folder: Path) -> dict[str, str]:
+    """The sums that a folder's list has, by file name; empty where there is none. Raises InputError."""
+    if not (folder / SUMS).is_file():
+        return {}
+    try:
+        data = read_small(folder / SUMS, LIMIT)
+    except (OSError, ValueError) as error:
+        raise refuse(
+            "checksums", "the list of sums cannot be read", [Problem(file=SUMS, found=reason(error))]
+        ) from error
+    return _parsed(data)
+
+
+def _parsed(data: bytes) -> dict[str, str]:
     found = {}
     for line in data.decode(errors="replace").splitlines():
         digest, _, name = line.partition("  ")

@@ -6,17 +6,19 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transcoder.errors import TranscoderError
+from transcoder.errors import TranscoderError, printable
 
 if TYPE_CHECKING:
     from transcoder.progress import Listener
 
+LINE = 400  # characters of a line of a message
 LEVELS = ("debug", "info", "warning", "error")
 FIELDS = ["source", "destination", "architecture", "tensors", "parameters"]
 FIELDS += ["bytes_read", "bytes_written", "seconds", "peak_memory"]
@@ -48,13 +50,13 @@ class Console:
         """Lines of the result."""
         if not self.as_json and not self.quiet:
             for line in lines:
-                print(line, flush=True)
+                print(clean(line), flush=True)
 
     def warn(self, lines: Iterable[str]) -> None:
         """Warnings, on stderr."""
         if self.level != "error" and not self.as_json:
             for line in lines:
-                print(f"warning: {line}", file=sys.stderr)
+                print(fitted(f"warning: {line}"), file=sys.stderr)
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Listener | None]:
@@ -102,7 +104,7 @@ class Console:
         """Tell an error. Returns `code`."""
         if self.level == "debug":
             traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr)
+        print(fitted(f"error: {message}"), file=sys.stderr)
         self._emit({"status": "error", **report, "error": table})
         return code
 
@@ -111,6 +113,28 @@ class Console:
             head = {"status": table["status"], "command": self.command}
             filled = {**head, **dict.fromkeys(FIELDS), "warnings": [], **self.known, **table}
             print(json.dumps(filled), flush=True)
+
+
+def clean(text: str) -> str:
+    """`text` with its line breaks, everything else that writes to a terminal by other means than letters escaped.
+
+    >>> clean("a\\x1b[31m\\u202eb")
+    'a\\\\x1b[31m\\\\u202eb'
+    """
+    return "\n".join(printable(line, 12 * len(line)) if not line.isprintable() else line for line in text.split("\n"))
+
+
+def fitted(text: str) -> str:
+    """`clean` text whose lines have at most 400 characters; longer ones go on in the next line."""
+    lines = []
+    for line in clean(text).split("\n"):
+        lines += [line] if len(line) <= LINE else _wrapped(line)
+    return "\n".join(lines)
+
+
+def _wrapped(line: str) -> list[str]:
+    start = line[: len(line) - len(line.lstrip(" "))]
+    return textwrap.wrap(line, LINE, initial_indent="", subsequent_indent=f"{start}    ", drop_whitespace=True)
 
 
 def _close_stdout() -> None:

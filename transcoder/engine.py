@@ -22,10 +22,10 @@ from transcoder.codecs import Codec
 from transcoder.disk import PIECE
 from transcoder.errors import refuse
 from transcoder.formats.huggingface import HfDirectory
-from transcoder.formats.torch_dist import map_file
 from transcoder.kernels.casts import add, cast
 from transcoder.mapped import ready
 from transcoder.moves import Copy, Run, runs
+from transcoder.paths import map_file
 from transcoder.planner import Filler, HfTensor
 from transcoder.progress import Cancelled
 from transcoder.spec import Chunk, DType, TensorSpec

@@ -44,7 +44,7 @@ class Problem:
         details += [f"{label} {printable(text, 400)}" for label, text in self._labelled() if text]
         text = "; ".join(details)
         line = f"{subject}: {text}" if subject else text
-        return f"{line}. {self.hint}" if self.hint else line
+        return f"{line}. {printable(self.hint, 400)}" if self.hint else line
 
     def _labelled(self) -> Sequence[tuple[str, str]]:
         return ("rule", self.rule), ("expected", self.expected), ("found", self.found)
@@ -106,6 +106,11 @@ def printable(text: str, limit: int = NAME_LIMIT) -> str:
     """
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return safe if len(safe) <= limit else f"{safe[:limit]}… ({len(text.encode(errors='replace'))} bytes)"
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of the system or of a parser says, without the path that the message names anyway."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def refuse(kind: str, message: str, problems: Iterable[Problem] = ()) -> InputError:

@@ -14,10 +14,10 @@ from transcoder.disk import sized, start_flush, write_all, write_file
 from transcoder.errors import Problem, refuse
 from transcoder.exportplan import ExportPlan
 from transcoder.formats.safetensors import INDEX_NAME, Shard
-from transcoder.formats.torch_dist import map_file
-from transcoder.mapped import read_small
+from transcoder.mapped import side_file
 from transcoder.megatron import Megatron
 from transcoder.outgoing import changed, emitted
+from transcoder.paths import map_file
 from transcoder.progress import Tally
 from transcoder.spec import TensorSpec
 
@@ -68,7 +68,7 @@ def _side_files(plan: ExportPlan) -> Iterator[tuple[str, bytes]]:
         yield "config.json", emitted(plan.source.config)
         return
     for name in plan.side_files:
-        yield name, read_small(plan.source.reference / name)
+        yield name, side_file(plan.source.reference, name)
 
 
 def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> list[str]:
@@ -97,7 +97,7 @@ def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> l
         warnings += check_filler(source, chunks.fetch)
         chunks.finish()
         ledger.sync()
-    return sorted(warnings)
+    return sorted([*warnings, *tally.warnings()])
 
 
 def flush(files: Mapping[str, int]) -> None:
@@ -132,6 +132,7 @@ def _move(
 ) -> None:
     """Collect one tensor from its chunks into its place in a shard; compare its digest with the manifest's."""
     from transcoder.engine import bands, converted, gather_for, received
+    from transcoder.kernels.casts import finite
     from transcoder.ledger import Track
 
     source, place = plan.source, spec.chunks[0]
@@ -145,6 +146,7 @@ def _move(
             band = gather_for(offset, source.atlas, tensor, start, stop, stored, fetch)
             band = received(tensor, band, stored, kept.values(tensor, stored, start, stop))
             track.tree.add(band)
+            track.count("odd", not finite(band, stored.name))
             data = converted(band, stored, spec.dtype).data.cast("B")
             write_all(file, data, offset)
             if flush:
@@ -152,7 +154,7 @@ def _move(
             track.reach(stop)
         tally.moved((stop - start) * spec.dtype.size)
     check_digest(plan, spec.name, track.tree.text())
-    tally.finished(tensor)
+    tally.finished(tensor, odd=bool(track.counts.get("odd")))
 
 
 def check_digest(plan: ExportPlan, name: str, found: str) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 from transcoder.checks import ignored_names
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import Problem, UsageError, refuse
-from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, plain_name, shard_tensors
+from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, shard_tensors
 from transcoder.kept import kept_shards
 from transcoder.megatron import Megatron
 from transcoder.outgoing import config_changes
+from transcoder.paths import plain_name
 from transcoder.planner import HfTensor
 from transcoder.spec import DTYPES, DType
 
@@ -143,7 +144,7 @@ def stale_weights(folder: Path) -> set[str]:
     """Weight files of an earlier model in `folder` that would shadow or outlive the new ones. Raises OutputError."""
     from transcoder.disk import there
     from transcoder.formats.safetensors import read_index
-    from transcoder.paths import refused
+    from transcoder.publishing import refused
 
     try:
         index = folder / INDEX_NAME

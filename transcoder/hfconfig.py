@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transcoder.errors import Problem, refuse
+from transcoder.errors import Problem, reason, refuse
+from transcoder.paths import read_small
 
 CONFIG_LIMIT = 16 << 20  # bytes
 NESTING_LIMIT = 64
@@ -17,12 +20,9 @@ _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"{[]}")
 def read_json(path: Path, limit: int) -> Any:
     """A JSON file, strictly: UTF-8, at most `limit` bytes, no repeated keys, no NaN. Raises InputError."""
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise ValueError(f"{size} bytes, the limit is {limit}")
-        return parse_json(path.read_bytes())
+        return parse_json(read_small(path, limit))
     except (OSError, ValueError, RecursionError) as error:
-        raise refuse("json", "cannot read a JSON file", [Problem(file=path.name, message=str(error))]) from error
+        raise refuse("json", "cannot read a JSON file", [Problem(file=path.name, message=reason(error))]) from error
 
 
 def parse_json(data: bytes) -> Any:
@@ -32,16 +32,23 @@ def parse_json(data: bytes) -> Any:
         depth += 1 if byte in b"{[" else -1
         if depth > NESTING_LIMIT:
             raise ValueError(f"nested deeper than {NESTING_LIMIT}")
-    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    found = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
+    if b"\\ud" in data.lower():  # half of a surrogate pair is not Unicode: UnicodeEncodeError is a ValueError
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in found and name in names[:i])
-        raise ValueError(f"the key {twice!r} occurs twice")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r:.120} occurs twice")
     return found
+
+
+def _integer(text: str) -> float:
+    """An integer; minus zero is a number, but none of a size or an offset."""
+    return int(text) if text != "-0" else -0.0
 
 
 def _no_constant(text: str) -> Any:
@@ -51,7 +58,7 @@ def _no_constant(text: str) -> Any:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. Raises InputError when it is absent or not an object."""
     path = directory / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         problem = Problem(
             file="config.json", expected="a Hugging Face directory with config.json", found="no such file"
         )
@@ -110,6 +117,9 @@ def _check_types(values: Mapping[str, Any]) -> None:
         for name, limit in NUMBERS.items()
         if values.get(name) is not None and not _is_number(values[name], limit)
     ]
+    if values.get("head_dim") is not None and not (type(values["head_dim"]) is int and values["head_dim"] > 0):
+        message = f"head_dim = {values['head_dim']!r:.80}"
+        problems.append(Problem(file="config.json", message=message, expected="a positive integer"))
     for name in ("dtype", "rope_type"):
         if not isinstance(values.get(name), str | None):
             problems.append(Problem(file="config.json", message=f"{name} = {values[name]!r:.80}", expected="a text"))

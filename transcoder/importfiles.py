@@ -13,13 +13,13 @@ from transcoder.checksums import sums
 from transcoder.disk import write_file
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
-from transcoder.formats.torch_dist import map_file
 from transcoder.formats.torch_dist_writer import metadata
 from transcoder.identity import TOOL_VERSION
 from transcoder.importing import ImportPlan, is_tokenizer_file
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
 from transcoder.kept import NAME as KEPT
-from transcoder.mapped import read_small
+from transcoder.mapped import side_file
+from transcoder.paths import map_file
 
 
 def write_side_files(
@@ -53,7 +53,7 @@ def _side_files(plan: ImportPlan) -> dict[str, bytes]:
         "train_state.pt": train_state(plan.step),
     }
     for name in plan.source.side_files:
-        data = read_small(plan.source.path / name)
+        data = side_file(plan.source.path, name)
         files[f"hf/{name}"] = data
         if is_tokenizer_file(name):
             files[f"tokenizer/{name}"] = data

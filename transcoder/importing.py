@@ -218,7 +218,7 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
         writer.prepare()
         ledger.restore(plan.placement.catalog, writer.passed)
         digests = stream_import(plan, writer.write, workers, tally, ledger)
-        warnings = write_kept(plan, folder / KEPT, work.sync)
+        warnings = [*write_kept(plan, folder / KEPT, work.sync), *tally.warnings()]
         crcs = writer.finish()
         ledger.sync()
     finally:
@@ -256,6 +256,7 @@ def _move(
 ) -> str:
     """Send one tensor to its chunks, band by band. Returns its digest."""
     from transcoder.engine import converted, scatter, sent
+    from transcoder.kernels.casts import finite
     from transcoder.ledger import Track
 
     stored, target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
@@ -268,13 +269,15 @@ def _move(
 
     for start, stop in payloads.bands(tensor.name):
         if stop > track.stop:
-            band = converted(payloads.read(tensor.name, start, stop), stored, target)
+            values = payloads.read(tensor.name, start, stop)
+            track.count("odd", not finite(values, stored.name))
+            band = converted(values, stored, target)
             track.tree.add(band)
             if not tensor.family.rule.alias:
                 scatter(plan.atlas, tensor, start, sent(tensor, band, target), noted)
             track.reach(stop)
         tally.moved(payloads.weigh(tensor.name, start, stop))
-    tally.finished(tensor)
+    tally.finished(tensor, odd=bool(track.counts.get("odd")))
     return track.tree.text()
 
 

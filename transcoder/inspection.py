@@ -14,7 +14,7 @@ from transcoder.errors import InputError
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import open_torch_dist, read_common
 from transcoder.hfconfig import architecture_of, read_config
-from transcoder.iterations import find_iteration
+from transcoder.iterations import find_iteration, notes
 from transcoder.spec import Box, DType
 
 CONFIG_FIELDS = (
@@ -32,7 +32,10 @@ CONFIG_FIELDS = (
 
 def inspect(directory: Path) -> dict[str, Any]:
     """A report on a Hugging Face directory or a Megatron checkpoint. Raises InputError."""
-    return _inspect_hf(directory) if is_hf(directory) else _inspect_megatron(find_iteration(directory))
+    if is_hf(directory):
+        return _inspect_hf(directory)
+    report = _inspect_megatron(find_iteration(directory))
+    return report | {"warnings": [*notes(directory), *report["warnings"]]}
 
 
 def _inspect_hf(directory: Path) -> dict[str, Any]:
@@ -52,7 +55,8 @@ def _inspect_megatron(folder: Path) -> dict[str, Any]:
         _row(key, dtype, shape, [box for box, _ in places], {item.file for _, item in places})
         for key, (dtype, shape, places) in sorted(store.tensors.items())
     ]
-    arguments = read_common(folder).get("args") or {}
+    found = read_common(folder).get("args")
+    arguments = found if isinstance(found, dict) else {}
     return _report(folder, "torch_dist", keys) | {
         "architecture": _architecture(folder),
         "dialect": _dialect(store.tensors),
@@ -60,7 +64,10 @@ def _inspect_megatron(folder: Path) -> dict[str, Any]:
         "objects": len(store.objects),
         "files": [{"name": entry.name, "bytes": entry.stat().st_size} for entry in sorted(folder.glob("*.distcp"))],
         "config": {name: arguments[name] for name in CONFIG_FIELDS if name in arguments},
-        "warnings": [f"{n} keys {prefix}* are training state" for prefix, n in store.ignored.items()],
+        "warnings": [
+            *store.warnings,
+            *(f"{n} keys {prefix}* are training state" for prefix, n in store.ignored.items()),
+        ],
     }
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transcoder.errors import InputError, Problem, refuse
-from transcoder.formats.torch_dist import map_file
+from transcoder.errors import InputError, Problem, reason, refuse
 from transcoder.formats.trainstate import step_of
+from transcoder.paths import map_file, open_regular
 
+TRACKER_LIMIT = 64  # bytes
 TEXT_TRACKER, STATE_TRACKER = TRACKERS = ("latest_checkpointed_iteration.txt", "latest_train_state.pt")
 
 
@@ -25,7 +27,7 @@ def find_iteration(path: Path) -> Path:
     if (path / "dist_ckpt" / ".metadata").is_file():
         return path / "dist_ckpt"
     existing = sorted(entry.name for entry in path.iterdir() if (entry / ".metadata").is_file())
-    if (path / TEXT_TRACKER).is_file():
+    if os.path.lexists(path / TEXT_TRACKER):
         return _tracked(path, existing)
     own = [name for name in existing if not (path / name).is_symlink()]
     if len(own) == 1:
@@ -37,15 +39,33 @@ def find_iteration(path: Path) -> Path:
 def _tracked(path: Path, existing: list[str]) -> Path:
     name = _text_names(path / TEXT_TRACKER)
     if name not in existing:
-        problem = Problem(file=TEXT_TRACKER, expected=f"one of {existing}", found=name)
+        hint = _why_unreadable(path / name)
+        problem = Problem(file=TEXT_TRACKER, expected=f"one of {existing}", found=name, hint=hint)
         raise refuse("tracker", f"the tracker names {name}, which is not there", [problem])
-    if (path / STATE_TRACKER).is_file():
+    if os.path.lexists(path / STATE_TRACKER):
         other = _state_names(path / STATE_TRACKER)
         if (path / name).resolve().name not in (other, "release"):
             found = f"{TEXT_TRACKER} names {name}, {STATE_TRACKER} names {other}"
             hint = "give the directory of the iteration"
             raise refuse("trackers", "two trackers name different iterations", [Problem(found=found, hint=hint)])
     return _followed(path / name)
+
+
+def _why_unreadable(folder: Path) -> str:
+    """What is wrong with an iteration's folder that holds no plan."""
+    if not folder.is_dir():
+        return ""
+    if any(entry.name.startswith("mp_rank_") for entry in folder.iterdir()):
+        return "it is of the legacy format (mp_rank_*), which is pickles: convert it with Megatron-LM first"
+    return f"{folder.name} holds no .metadata: it is not a complete torch_dist checkpoint"
+
+
+def notes(path: Path) -> list[str]:
+    """What had to be guessed about a directory that `find_iteration` accepts."""
+    given = os.path.lexists(path / ".metadata") or os.path.lexists(path / "dist_ckpt")
+    if given or os.path.lexists(path / TEXT_TRACKER):
+        return []
+    return [f"there is no {TEXT_TRACKER}: the only iteration is taken"]
 
 
 def _followed(folder: Path) -> Path:
@@ -59,12 +79,17 @@ def _followed(folder: Path) -> Path:
 
 
 def _text_names(tracker: Path) -> str:
-    with tracker.open("rb") as file:
-        text = file.read(64).strip()
-    if text != b"release" and not text.isdigit():
-        problem = Problem(file=tracker.name, expected="a number or release", found=repr(text))
+    try:
+        with open_regular(tracker) as file:
+            text = bytes(file.read(TRACKER_LIMIT + 1))
+    except (OSError, ValueError) as error:
+        raise refuse(
+            "tracker", "the tracker cannot be read", [Problem(file=tracker.name, message=reason(error))]
+        ) from error
+    if len(text) > TRACKER_LIMIT or (text.strip() != b"release" and not text.strip().isdigit()):
+        problem = Problem(file=tracker.name, expected="a number or release", found=f"{text!r:.80}")
         raise refuse("tracker", "the tracker is not a number", [problem])
-    return "release" if text == b"release" else f"iter_{int(text):07d}"
+    return "release" if text.strip() == b"release" else f"iter_{int(text):07d}"
 
 
 def _state_names(tracker: Path) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transcoder.codecs import FLOATS, Codec
 from transcoder.disk import sized, write_all
 from transcoder.formats.safetensors import Shard, emit_header, read_shard
-from transcoder.formats.torch_dist import map_file
+from transcoder.paths import map_file
 from transcoder.planner import HfTensor
 from transcoder.spec import DType, TensorSpec
 
@@ -135,6 +135,7 @@ def encode_weight(
     """Collect one weight from its chunks and write it as its codec's parts; tell when scales had to be found anew."""
     from transcoder.engine import BAND, converted, gather
     from transcoder.exporting import check_digest
+    from transcoder.kernels.casts import finite
     from transcoder.ledger import Track
 
     source, codec, spec = plan.source, plan.weights.codecs[name], plan.weights.catalog[name]
@@ -147,6 +148,7 @@ def encode_weight(
         if stop * width > track.stop:
             band = gather(source.atlas, tensor, start * width, stop * width, stored, fetch)
             track.tree.add(band)
+            track.count("odd", not finite(band, stored.name))
             old = [kept.read(part, *place) for part, place in zip(codec.parts[1:], places[1:], strict=True)]
             known = tuple(part for part in old if part is not None)
             whole = known if len(known) == len(old) else None
@@ -158,10 +160,10 @@ def encode_weight(
             track.reach(stop * width)
         tally.moved(sum((b - a) * part.dtype.size for part, (a, b) in zip(codec.parts, places, strict=True)))
     check_digest(plan, name, track.tree.text())
-    warnings += _told(name, track.counts["lost"])
-    if fresh := track.counts["fresh"]:
+    warnings += _told(name, track.counts.get("lost", 0))
+    if fresh := track.counts.get("fresh"):
         warnings.append(f"{name}: {fresh} of its scales were found anew, the others are the original's")
-    tally.finished(tensor)
+    tally.finished(tensor, odd=bool(track.counts.get("odd")))
 
 
 def _differing(one: Array, two: Array) -> int:

@@ -44,7 +44,8 @@ class Track:
 
     def count(self, name: str, number: int) -> None:
         """Add to a counter that the next run takes up, too."""
-        self.counts[name] = self.counts.get(name, 0) + int(number)
+        if number:
+            self.counts[name] = self.counts.get(name, 0) + int(number)
 
     def reach(self, stop: int) -> None:
         """Everything before element `stop` is in its place: noted where the digest has no open leaf."""

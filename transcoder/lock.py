@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +71,7 @@ def _leased(folder: Path) -> OutputError:
 
 
 def _sign(file: int) -> None:
-    text = f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%F %T %z')}"
+    text = f"process {os.getpid()} on {os.uname().nodename}, started {time.strftime('%F %T %z')}"
     os.ftruncate(file, 0)
     os.pwrite(file, text.encode(), 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import xxhash
 
-from transcoder.errors import Problem, refuse
-from transcoder.hfconfig import read_json
+from transcoder.errors import Problem, reason, refuse
+from transcoder.hfconfig import parse_json
+from transcoder.manifestcheck import NAME as NAME
+from transcoder.manifestcheck import check_table
+from transcoder.paths import open_regular, read_small
 
-NAME = "transcode-manifest.json"
 LIMIT = 1 << 30  # bytes
 HEADER_LIMIT = 256 << 20
 
@@ -48,14 +51,20 @@ def _digest(text: str) -> str:
 def read(folder: Path) -> dict[str, Any] | None:
     """The manifest of an iteration folder, or None. Raises InputError when it is damaged or of an unknown version."""
     path = folder / NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    table = read_json(path, LIMIT)
-    if not isinstance(table, dict) or table.get("format") != "transcode-manifest" or table.get("version") != 1:
+    try:
+        data = read_small(path, LIMIT)
+        table: Any = parse_json(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise refuse("manifest", "the manifest cannot be read", [Problem(file=NAME, message=reason(error))]) from error
+    known = isinstance(table, dict) and table.get("format") == "transcode-manifest"
+    if not known or type(table.get("version")) is not int or table["version"] != 1:
         raise refuse("manifest", "the manifest is of an unknown version", [Problem(file=NAME)])
-    if path.read_bytes() != emit({key: value for key, value in table.items() if key != "self"}):
+    if data != emit({key: value for key, value in table.items() if key != "self"}):
         raise refuse("manifest", "the manifest does not have its own digest: it is damaged", [Problem(file=NAME)])
-    return table
+    check_table(table)
+    return dict(table)
 
 
 def pack(data: bytes) -> str:
@@ -80,10 +89,10 @@ def file_digest(data: bytes | memoryview) -> str:
     return f"xxh3-128:{xxhash.xxh3_128(data).hexdigest()}"
 
 
-def _digest_of(path: Path) -> str:
-    """The digest of a file that may be large."""
+def _digest_of(path: Path, root: Path) -> str:
+    """The digest of a file that may be large. Raises OSError, ValueError."""
     state = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path, root=root) as file:
         while data := file.read(1 << 20):
             state.update(data)
     return f"xxh3-128:{state.hexdigest()}"
@@ -93,13 +102,17 @@ def changed_files(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[P
     """Files of the manifest that are absent, of another size or, payload files apart, of another digest."""
     for row in rows:
         path, size = folder / row["name"], row["size"]
-        if not path.is_file():
-            found, hint = "no such file", "copy it again"
-        elif path.stat().st_size != size:
-            found, hint = f"{path.stat().st_size} bytes", "the file was changed, or not copied in full"
-        elif row["digest"].startswith("xxh3") and (digest := _digest_of(path)) != row["digest"]:
-            found, hint = digest, "the file was changed"
-        else:
-            continue
+        root = folder.parent if row["name"].startswith("../") else folder
+        try:
+            if not path.is_file():
+                found, hint = "no such file", "copy it again"
+            elif path.stat().st_size != size:
+                found, hint = f"{path.stat().st_size} bytes", "the file was changed, or not copied in full"
+            elif row["digest"].startswith("xxh3") and (digest := _digest_of(path, root)) != row["digest"]:
+                found, hint = digest, "the file was changed"
+            else:
+                continue
+        except (OSError, ValueError) as error:
+            found, hint = reason(error), "copy the file itself"
         expected = f"{size} bytes, {row['digest']}"
         yield Problem(file=row["name"], expected=expected, found=found, hint=hint)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transcoder.errors import InputError, Problem, TranscoderError
+from transcoder.errors import InputError, Problem, TranscoderError, reason
+from transcoder.formats.huggingface import SIDE_LIMIT
+from transcoder.paths import read_small
 
 PAGE = mmap.PAGESIZE
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: reads pages in, and fails where touching them would kill
@@ -41,12 +43,12 @@ def reading(path: Path) -> Iterator[None]:
         raise _lost(str(error.filename or path), "", 0, f"cannot be read: {error.strerror}") from error
 
 
-def read_small(path: Path) -> bytes:
-    """A small file of the source. Raises InputError when it cannot be read."""
+def side_file(root: Path, name: str) -> bytes:
+    """A side file of the model directory `root`. Raises InputError when it cannot be read."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _lost(path.name, "", 0, f"cannot be read: {error.strerror}") from error
+        return read_small(root / name, SIDE_LIMIT, root)
+    except (OSError, ValueError) as error:
+        raise _lost(name, "", 0, f"cannot be read: {reason(error)}") from error
 
 
 def _lost(file: str, tensor: str, offset: int, found: str) -> InputError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_mcore
 from transcoder.dialects import dialect_of
 from transcoder.errors import Problem, refuse
-from transcoder.formats.huggingface import HfDirectory, open_hf
+from transcoder.formats.huggingface import HfDirectory, open_hf, side_files
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
-from transcoder.hfconfig import architecture_of, normalise, read_config, read_json
-from transcoder.iterations import find_iteration
+from transcoder.hfconfig import architecture_of, normalise, read_config
+from transcoder.iterations import find_iteration, notes
 from transcoder.megatronconfig import config_from, stored_fields
 from transcoder.original import Original, original_of
 from transcoder.planner import HfTensor, Model, build_model
@@ -72,11 +73,12 @@ def open_megatron(
     like: names and shapes of the weights whose spelling counts instead of the original's.
     """
     folder = find_iteration(path)
-    _check_backend(folder)
     store = open_torch_dist(folder)
     table = manifest.read(folder)
     _check_files(folder, table, hf_model is not None)
     reference = _reference(folder, hf_model)
+    left_out = side_files(reference, set())[1] if reference == folder / "hf" else ()
+    store = replace(store, warnings=(*notes(path), *store.warnings, *(row for row in left_out if "left out" in row)))
     config = read_config(reference) if reference else _implied_config(folder, store, arch)
     architecture = arch or architecture_of(config)
     recipe = recipe_for(architecture)
@@ -109,18 +111,6 @@ def _most_layers(store: TorchDist) -> int:
     return max([len(store.tensors), *(shape[0] for _, shape, _ in store.tensors.values() if shape)])
 
 
-def _check_backend(folder: Path) -> None:
-    path = folder / "metadata.json"
-    table = read_json(path, 1 << 20) if path.is_file() else {"sharded_backend": "torch_dist"}
-    backend = table.get("sharded_backend") if isinstance(table, dict) else table
-    if backend != "torch_dist":
-        raise refuse(
-            "format",
-            f"sharded backend {backend!r} is not supported",
-            [Problem(file="metadata.json", expected="torch_dist")],
-        )
-
-
 def _check_files(folder: Path, table: dict[str, Any] | None, other_reference: bool) -> None:
     """Refuse files that are not those of the manifest, trackers apart; those under hf/ only matter when used."""
     unused = ("../", "hf/") if other_reference else ("../",)
@@ -134,8 +124,10 @@ def _reference(folder: Path, hf_model: Path | None) -> Path | None:
     """The directory with config.json; None where there is none."""
     if hf_model is not None and not (hf_model / "config.json").is_file():
         raise refuse("no-config", f"{hf_model} holds no config.json", [Problem(file=str(hf_model))])
+    if (folder / "hf").is_symlink():
+        raise refuse("link", "the folder of the model's files is a link", [Problem(file="hf", found="a link")])
     for candidate in (hf_model, folder / "hf", folder.parent / "huggingface", folder.parent.parent / "huggingface"):
-        if candidate is not None and (candidate / "config.json").is_file():
+        if candidate is not None and os.path.lexists(candidate / "config.json"):
             return candidate
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.mcore import SPELLED
 from transcoder.formats.torch_dist import read_common
 from transcoder.recipe import Field, Recipe, evaluate
-
-YAML_LIMIT = 16 << 20  # bytes
+from transcoder.yamltext import read_yaml
 
 
 def stored_fields(folder: Path) -> dict[str, Any]:
@@ -29,19 +29,13 @@ def stored_fields(folder: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    try:
-        if path.stat().st_size > YAML_LIMIT:
-            raise ValueError(f"more than {YAML_LIMIT} bytes")
-        table = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        problem = Problem(file=path.name, message=str(error).replace("\n", " "))
-        raise refuse("config", "cannot read a YAML file", [problem]) from error
+    table = read_yaml(path)
     model = table.get("model") if isinstance(table, dict) else None
-    return model if isinstance(model, dict) else {}
+    if not isinstance(model, dict):
+        raise refuse("config", "a YAML file has no table `model`", [Problem(file=path.name)])
+    return model
 
 
 def config_from(recipe: Recipe, architecture: str, fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:

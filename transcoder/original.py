@@ -8,9 +8,11 @@ from typing import Any
 
 from transcoder import manifest
 from transcoder.codecs import Weights, weights_of
-from transcoder.errors import Problem, refuse
+from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.huggingface import HfDirectory
-from transcoder.formats.safetensors import Shard, plain_name, shard_tensors
+from transcoder.formats.safetensors import INDEX_NAME, Shard, shard_tensors, weight_map
+from transcoder.hfconfig import parse_json
+from transcoder.paths import plain_name
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,54 @@ def original_of(directory: HfDirectory | None, table: Mapping[str, Any] | None, 
         return Original(directory.shards, directory.index, directory.weights)
     if table is None:
         return Original()
-    restore = table["restore"]
-    sizes = {row["name"]: row["size"] for row in table["source"]["files"]}
-    shards = tuple(_shard(name, manifest.unpack(text), sizes[name]) for name, text in restore["headers"].items())
-    index = manifest.unpack(restore["index"]) if restore["index"] else None
+    shards = kept_headers(table)
+    index = kept_index(table)
     catalog = {spec.name: spec for shard in shards for spec in shard.tensors}
-    return Original(shards, index, weights_of(catalog, config))
+    weights = weights_of(catalog, config)
+    _check_tensors(table, weights)
+    return Original(shards, index, weights)
+
+
+def kept_headers(table: Mapping[str, Any]) -> tuple[Shard, ...]:
+    """The original's shards, as the headers that a manifest keeps have them. Raises InputError."""
+    sizes = {row["name"]: row["size"] for row in table["source"]["files"]}
+    headers = table["restore"]["headers"]
+    return tuple(_shard(name, manifest.unpack(text), sizes[name]) for name, text in headers.items())
+
+
+def kept_index(table: Mapping[str, Any]) -> bytes | None:
+    """The original's index file, which names plain files. Raises InputError."""
+    text = table["restore"]["index"]
+    if not text:
+        return None
+    data = manifest.unpack(text)
+    try:
+        weight_map(parse_json(data), INDEX_NAME)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise refuse("manifest", "the index that the manifest keeps is damaged", [Problem(file=INDEX_NAME)]) from error
+    return data
+
+
+def _check_tensors(table: Mapping[str, Any], weights: Weights) -> None:
+    known = {name: list(spec.shape) for name, spec in weights.catalog.items()}
+    problems = [
+        Problem(
+            file=manifest.NAME, tensor=row["name"], expected=f"{known.get(row['name'])}", found=f"{row['shape']!r:.80}"
+        )
+        for row in table["tensors"]
+        if known.get(row["name"]) != row["shape"]
+    ]
+    if problems:
+        raise refuse("manifest", "the manifest's tensors are not those of the headers that it keeps", problems)
 
 
 def _shard(name: str, header: bytes, size: int) -> Shard:
     if not plain_name(name):
         raise refuse("manifest", "a shard's name is not a plain file name", [Problem(file=name)])
-    return Shard(name, size, header, shard_tensors(name, header, size))
+    try:
+        return Shard(name, size, header, shard_tensors(name, header, size))
+    except (ValueError, TypeError, RecursionError) as error:
+        problem = Problem(file=name, message=str(error))
+        raise refuse("manifest", "a header that the manifest keeps is damaged", [problem]) from error

@@ -1,34 +1,90 @@
-"""Whether a destination can be written to."""
+"""Where files may be read: regular files of the given folder, or of the hub cache that it belongs to.
+
+Input is read through `open_regular` alone.
+"""
 
 from __future__ import annotations
 
+import mmap
+import os
+import re
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
-from transcoder.errors import OutputError, Problem, TranscoderError, UsageError
+from transcoder.errors import Problem, reason, refuse
+
+SHARED_STORE = ".huggingface-shared-blobs"  # the file that marks the blob store of all repositories of a hub cache
+LEADS_OUT = "a link that leads outside the model's directory"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-def check_free(dst: Path, src: Path, overwrite: bool) -> Path:
-    """Refuse a destination that cannot be written to; its work folder. Raises OutputError, UsageError."""
+def open_regular(path: Path, follow_links: bool = False, root: Path | None = None) -> BinaryIO:
+    """Open a regular file for reading, without waiting. Raises OSError, ValueError for a link that leads out, a pipe.
+
+    follow_links: permit a link to any place; for weight files only, when the user said so.
+    root: the folder that links must not leave, by default the file's own.
+    """
     try:
-        _check_free(dst, src, overwrite)
-    except TranscoderError:
-        raise
-    except OSError as error:
-        raise refused(dst, str(error), "choose a directory that can be written") from error
-    return dst.parent / f"{dst.name}.partial"
+        real = path.resolve(strict=True)
+    except RuntimeError as error:  # of Python before 3.13
+        raise ValueError("a link that leads to itself") from error
+    if not follow_links and not stays_inside(path, real, root):
+        hint = "; --follow-links permits it" if path.suffix == ".safetensors" else ""
+        raise ValueError(f"{LEADS_OUT}{hint}")
+    if not stat.S_ISREG(real.stat().st_mode):
+        raise ValueError("not a regular file")
+    file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # exchanged since
+        file.close()
+        raise ValueError("not a regular file")
+    return file
 
 
-def _check_free(dst: Path, src: Path, overwrite: bool) -> None:
-    one, two = dst.resolve(), src.resolve()
-    if one.is_relative_to(two) or two.is_relative_to(one):
-        raise UsageError(f"{dst} and {src} lie inside one another", kind="destination")
-    if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
-        raise refused(dst, "is not a directory", "choose another destination")
-    if dst.exists() and any(dst.iterdir()) and not overwrite:
-        raise refused(dst, "exists and is not empty", "choose another destination, or give --overwrite")
+def stays_inside(path: Path, real: Path, root: Path | None = None) -> bool:
+    """Whether `path`, which is `real`, lies inside `root` or in the blob stores of the hub cache that it belongs to.
+
+    `root/x` → `../../blobs/ETAG` where root is a snapshot, and from there, or at once, to an entry of the store that
+    all repositories share: `<cache>/blobs/<2 digits>/<64 digits>`, as in huggingface_hub 2.
+    """
+    folder = (root or path.parent).resolve()
+    if real.is_relative_to(folder):
+        return True
+    if folder.parent.name != "snapshots":
+        return False
+    repository = folder.parent.parent
+    store = repository.parent / "blobs"
+    shared = real == store / real.name[:2] / real.name and _DIGEST.fullmatch(real.name) is not None
+    return real.parent == repository / "blobs" or (shared and (store / SHARED_STORE).is_file())
 
 
-def refused(path: Path, found: str, hint: str) -> OutputError:
-    """The error for a destination that cannot be used."""
-    problem = Problem(file=str(path), found=found, hint=hint)
-    return OutputError("the destination cannot be used", kind="destination", problems=[problem])
+def read_small(path: Path, limit: int, root: Path | None = None) -> bytes:
+    """A regular file of at most `limit` bytes. Raises OSError, ValueError."""
+    with open_regular(path, root=root) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{size} bytes, the limit is {limit}")
+        data = bytearray()
+        while len(data) < size and (piece := file.read(size - len(data))):
+            data += piece
+        if len(data) < size:
+            raise ValueError(f"it ends after {len(data)} of {size} bytes")
+    return bytes(data)
+
+
+def map_file(path: Path, follow_links: bool = False, root: Path | None = None) -> memoryview:
+    """A file's bytes, mapped read-only; an empty file gives an empty view. Raises InputError."""
+    try:
+        with open_regular(path, follow_links, root) as file:
+            size = os.fstat(file.fileno()).st_size
+            return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)) if size else memoryview(b"")
+    except (OSError, ValueError) as error:
+        raise refuse(
+            "file", "a file of the checkpoint cannot be read", [Problem(file=path.name, message=reason(error))]
+        ) from error
+
+
+def plain_name(value: object) -> bool:
+    """One path component, nothing that any system could read as more."""
+    plain = isinstance(value, str) and 0 < len(value) < 256 and value not in (".", "..")
+    return plain and not set(str(value)) & set("/\\\0:")

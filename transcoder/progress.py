@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
+from transcoder.errors import LISTED_PROBLEMS
 from transcoder.planner import HfTensor, Model
 
 INTERVAL = {True: 0.1, False: 10.0}  # seconds between two updates, by whether a terminal reads them
@@ -43,6 +44,7 @@ class Tally:
         self._finished = dict.fromkeys(self._families, 0)
         self._bytes = 0
         self._listener = listener
+        self.odd: set[str] = set()  # tensors that hold NaN or infinity
         self.stop = threading.Event()  # set when somebody wants the run to end
         self._lock = threading.Lock()
 
@@ -59,9 +61,17 @@ class Tally:
             self._bytes += size
             self._tell()
 
-    def finished(self, tensor: HfTensor) -> None:
-        """A Hugging Face tensor is complete."""
+    def warnings(self) -> list[str]:
+        """What users should know of the values that passed."""
+        names = sorted(self.odd)
+        lines = [f"{name} holds NaN or infinity, converted bit for bit" for name in names[:LISTED_PROBLEMS]]
+        rest = len(names) - LISTED_PROBLEMS
+        return [*lines, f"… and {rest} more tensors hold NaN or infinity"] if rest > 0 else lines
+
+    def finished(self, tensor: HfTensor, odd: bool = False) -> None:
+        """A Hugging Face tensor is complete. odd: it holds NaN or infinity."""
         with self._lock:
+            self.odd |= {tensor.name} if odd else set()
             self._finished[id(tensor.family)] += 1
             self._tell()
 

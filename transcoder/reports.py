@@ -81,7 +81,7 @@ def export_report(plan: ExportPlan, dst: object, warnings: list[str]) -> dict[st
     source = plan.source
     ignored = [f"{n} keys {prefix}* are training state and are ignored" for prefix, n in source.store.ignored.items()]
     return about(source.model, source.path, dst, source.architecture) | {
-        "warnings": [*warnings, *ignored],
+        "warnings": [*source.store.warnings, *warnings, *ignored],
         "dtype": plan.dtype.name,
     }
 

@@ -25,7 +25,8 @@ from transcoder.errors import DifferenceError, Problem
 from transcoder.exporting import flush, shard_files
 from transcoder.formats.safetensors import INDEX_NAME
 from transcoder.importing import ImportPlan, check_aliases
-from transcoder.mapped import read_small
+from transcoder.kernels.casts import finite
+from transcoder.mapped import side_file
 from transcoder.progress import Tally
 from transcoder.spec import TensorSpec
 from transcoder.work import Work
@@ -54,11 +55,12 @@ def _there_and_back(plan: ImportPlan, name: str, payloads: Payloads, tally: Tall
     """One weight, band by band. Returns its digest."""
     tensor, spec = plan.model.hf[name], plan.source.weights.catalog[name]
     target = tensor.family.dtype(plan.dtype)
-    tree = TreeDigest(tensor.shape, target)
+    tree, odd = TreeDigest(tensor.shape, target), False
     for start, stop in payloads.bands(name):
         band, scratch = payloads.read(name, start, stop), Scratch()
         values = converted(band, spec.dtype, target)
         tree.add(values)
+        odd |= not finite(band, spec.dtype.name)
         scatter(plan.atlas, tensor, start, sent(tensor, values, target), scratch.store)
         back = gather(plan.atlas, tensor, start, stop, target, scratch.fetch)
         back = converted(received(tensor, back, target, values), target, spec.dtype)
@@ -67,7 +69,7 @@ def _there_and_back(plan: ImportPlan, name: str, payloads: Payloads, tally: Tall
             if store is not None:
                 store(part, first, new)
         tally.moved(payloads.weigh(name, start, stop))
-    tally.finished(tensor)
+    tally.finished(tensor, odd)
     return tree.text()
 
 
@@ -113,6 +115,6 @@ def into_files(plan: ImportPlan, work: Work, workers: int, tally: Tally) -> None
         if work.sync:
             flush(files)
     for name in plan.source.side_files:
-        write_file(work.out / name, read_small(plan.source.path / name), work.sync)
+        write_file(work.out / name, side_file(plan.source.path, name), work.sync)
     if plan.source.index is not None:
         write_file(work.out / INDEX_NAME, plan.source.index, work.sync)

@@ -15,10 +15,10 @@ from transcoder.chunks import CheckedChunks
 from transcoder.engine import Array, Payloads, bands, converted, gather, received
 from transcoder.errors import InputError
 from transcoder.formats.huggingface import open_hf
-from transcoder.formats.torch_dist import map_file
 from transcoder.kept import Kept
 from transcoder.kernels.casts import to_float32
 from transcoder.megatron import Megatron, open_megatron
+from transcoder.paths import map_file
 from transcoder.spec import DType
 
 

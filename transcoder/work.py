@@ -17,9 +17,8 @@ from transcoder.identity import check_same, check_unchanged
 from transcoder.journal import NAME as JOURNAL
 from transcoder.journal import Journal
 from transcoder.lock import LEASE, LOCK, held
-from transcoder.paths import check_free, refused
 from transcoder.progress import Tally
-from transcoder.publishing import entries, keep_foreign, publish
+from transcoder.publishing import check_free, entries, keep_foreign, publish, refused
 
 OURS = {LOCK, LEASE, JOURNAL, "out", "out.replaced"}
 NOTHING_TO_KEEP = (InputError, DifferenceError, UsageError)  # what these runs wrote is of no use to another one
@@ -180,12 +179,19 @@ def _publish(work: Work, identity: Mapping[str, Any], whole: bool, stale: list[s
     journal = work.journal
     if journal.publication is None:
         check_unchanged(identity)
-        if whole and there(work.dst):
-            keep_foreign(work.out, work.dst, stale)
+    if whole and is_folder(work.dst) and there(work.out) and not _appeared(work):
+        keep_foreign(work.out, work.dst, stale)
+    if journal.publication is None:
         if work.sync:
             sync_folders(work.out.parent)
         journal.publish(entries(work.out, work.dst, whole), work.warnings, durable=work.sync)
     publish(work.out, work.dst, (journal.publication or {})["publish"], stale)
+
+
+def _appeared(work: Work) -> bool:
+    """Whether an earlier run has made the exchange, and only its cleaning up is left."""
+    found = (work.journal.publication or {}).get("publish", {})
+    return bool(found.get(".") == work.dst.stat().st_ino)
 
 
 def _worth_keeping(work: Work, error: BaseException) -> bool:

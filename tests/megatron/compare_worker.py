@@ -18,6 +18,7 @@ from transcoder.mesh import Mesh
 from transcoder.runtime import comparison, divergence, verdict
 from transcoder.runtime.process import guarded, place
 from transcoder.runtime.session import Chosen, Request, speaks
+from transcoder.runtime.voice import Voice
 
 Tensors = dict[str, torch.Tensor]
 COUNT = 21  # tokens
@@ -76,6 +77,19 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     return comparison.from_speaker(_found(theirs, ours, records, dtype, judged) if theirs else None)
 
 
+def run_backward(case: dict[str, Any]) -> dict[str, Any]:
+    """The gradients that both sides log, on every rank."""
+    folder = Path(case["hf"])
+    config, watch = read_config(folder), comparison.Watch(backward=True)
+    mesh = Mesh(*(case.get(name, 1) for name in ("tp", "pp")))
+    comparison.enter(config, mesh, watch)
+    request, chosen = Request("", tuple(range(3, 3 + COUNT))), Chosen(folder, folder, mesh, "float32", "cpu")
+    theirs = comparison.run_reference(config, chosen, request, "float32", watch, None) if speaks() else None
+    modules = comparison.from_speaker(theirs.modules if theirs else None)
+    ours = comparison.gathered(comparison.run_megatron(config, chosen, request, "float32", watch, modules).backward)
+    return comparison.from_speaker({"hf": theirs.backward, "megatron": ours} if theirs else None)
+
+
 def _found(theirs: Any, ours: Any, records: list[Any], dtype: str, judged: str) -> dict[str, Any]:
     near = verdict.measure(theirs.logits[dtype], ours.logits[dtype])
     checks = list(comparison.checks_of(theirs.logits, ours.logits, dtype, judged, near))
@@ -95,7 +109,7 @@ def main(path: str) -> int:
     """Run every case; the results go to PATH.out. The command of the last one, if it has one, is run as well."""
     torch.set_num_threads(1)
     cases = json.loads(Path(path).read_text())
-    found = [run_case(case) for case in cases]
+    found = [run_backward(case) if case.get("backward") else run_case(case) for case in cases]
     if place().rank == 0:
         Path(f"{path}.out").write_text(json.dumps(found))
     command = cases[-1].get("command")
@@ -103,4 +117,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(sys.argv[1]), debug=True))
+    sys.exit(guarded(lambda: main(sys.argv[1]), Voice("compare", level="debug")))

@@ -17,6 +17,7 @@ from transcoder.mesh import Mesh
 from transcoder.runtime import generation, text
 from transcoder.runtime.process import guarded, place
 from transcoder.runtime.session import Chosen, Conversation, open_model
+from transcoder.runtime.voice import Voice
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -65,4 +66,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(sys.argv[1]), debug=True))
+    sys.exit(guarded(lambda: main(sys.argv[1]), Voice("generate", level="debug")))

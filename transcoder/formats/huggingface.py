@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transcoder.codecs import Weights, weights_of
-from transcoder.errors import Problem, refuse
-from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, read_index, read_shard, stays_inside
+from transcoder.errors import LISTED_PROBLEMS, Problem, reason, refuse
+from transcoder.formats.safetensors import INDEX_LIMIT, INDEX_NAME, SINGLE_NAME, Shard, read_index, read_shard
 from transcoder.hfconfig import read_config
+from transcoder.paths import open_regular, read_small
 from transcoder.spec import TensorSpec
 
 SIDE_LIMIT, SIDE_TOTAL = 64 << 20, 256 << 20  # bytes of one side file, and of all
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)  # of links to nothing, and sockets
 LEFT_OUT_FOLDERS = (".git", ".cache", "original")
 WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -31,6 +35,10 @@ WEIGHT_SUFFIXES = (
     ".msgpack",
     ".onnx",
 )
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+# First bytes of pickles (protocols 2 to 5), zip, NumPy, GGUF, HDF5, gzip, bzip2, xz, zstd, 7z.
+WEIGHT_STARTS: tuple[bytes, ...] = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5", b"PK\3\4", b"PK\5\6", b"\x93NUMPY")
+WEIGHT_STARTS += (b"GGUF", b"\x89HDF", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf")
 LEFT_OUT_PREFIXES = ("training_args", "optimizer", "scheduler.")
 
 
@@ -66,22 +74,35 @@ def open_hf(path: Path, follow_links: bool = False) -> HfDirectory:
     shards = tuple(read_shard(path / name, follow_links) for name in names)
     _check_names(shards, weights)
     files, warnings = side_files(path, set(names))
-    return HfDirectory(path, config, shards, index, files, warnings, follow_links)
+    return HfDirectory(path, config, shards, index, files, (*_remarks(path, config), *warnings), follow_links)
+
+
+def _remarks(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """What a user should know before the weights are looked at. Raises InputError for a config that makes no sense."""
+    if not isinstance(config.get("quantization_config"), dict | None):
+        problem = Problem(file="config.json", message="quantization_config", expected="an object")
+        raise refuse("config", "the config does not describe a model", [problem])
+    if config.get("auto_map"):
+        yield "config.json asks for code of its own (auto_map); it is ignored"
+    places = (path, path / ".cache" / "huggingface" / "download")
+    halves = sorted(file.name for place in places if place.is_dir() for file in place.glob("*.incomplete"))
+    if halves:
+        yield f"{len(halves)} downloads into this directory are unfinished, {halves[0]} among them"
 
 
 def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | None]:
-    if (path / INDEX_NAME).is_file():
+    if os.path.lexists(path / INDEX_NAME):
         weights = read_index(path / INDEX_NAME)
         names = sorted(set(weights.values()))
         missing = [
             Problem(file=name, expected="a shard that the index names", found="no such file")
             for name in names
-            if not (path / name).exists()
+            if not os.path.lexists(path / name)
         ]
         if missing:
             raise refuse("missing-shard", "shards are missing: the download may be incomplete", missing)
-        return names, (path / INDEX_NAME).read_bytes(), weights
-    if (path / SINGLE_NAME).exists():
+        return names, read_small(path / INDEX_NAME, INDEX_LIMIT), weights
+    if os.path.lexists(path / SINGLE_NAME):
         return [SINGLE_NAME], None, None
     problem = Problem(
         expected=f"{SINGLE_NAME} or {INDEX_NAME}", found=", ".join(sorted(p.name for p in path.iterdir())[:8])
@@ -117,41 +138,59 @@ def _check_names(shards: tuple[Shard, ...], weights: dict[str, str] | None) -> N
 
 def side_files(path: Path, shards: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the files that travel with the weights, and warnings about those that do not."""
-    kept, warnings, total = [], [], 0
+    kept, code, left, total = [], [], [], 0
     for file in _walk(path, path):
         name = str(file.relative_to(path))
         if name in shards or name == INDEX_NAME:
             continue
-        reason = _why_left_out(file)
-        total += 0 if reason else file.stat().st_size
-        if reason or total > SIDE_TOTAL:
-            warnings.append(f"{name} is left out: {reason or 'the side files are too large'}")
+        size, why = _judged(file, path)
+        if not why and total + size > SIDE_TOTAL:
+            why = "the side files are too large"
+        if why:
+            left.append(f"{name} is left out: {why}")
         else:
+            total += size
             kept.append(name)
-            if name.endswith(".py"):
-                warnings.append(f"{name} is copied as inert data; it is never run")
-    return tuple(kept), tuple(warnings)
+            code += [f"{name} is copied as inert data; it is never run"] if name.endswith(".py") else []
+    return tuple(kept), (*_listed(code, "copied as inert data"), *_listed(left, "left out"))
+
+
+def _listed(lines: list[str], what: str) -> list[str]:
+    """The lines, or the first of them and a count."""
+    rest = len(lines) - LISTED_PROBLEMS
+    return lines if rest <= 0 else [*lines[:LISTED_PROBLEMS], f"… and {rest} more files are {what}"]
 
 
 def _walk(root: Path, folder: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            if not (folder == root and entry.name in LEFT_OUT_FOLDERS):
-                yield from _walk(root, entry)
-        else:
+        if not _is_folder(entry):
             yield entry
+        elif not (folder == root and entry.name in LEFT_OUT_FOLDERS):
+            yield from _walk(root, entry)
 
 
-def _why_left_out(file: Path) -> str:
-    if file.name.endswith(WEIGHT_SUFFIXES) or file.name.startswith(LEFT_OUT_PREFIXES):
-        return "a weight or pickle file that the index does not name"
+def _is_folder(entry: Path) -> bool:
+    """A folder that can be listed; a path may be too long."""
     try:
-        real = file.resolve(strict=True)
-        info = real.stat()
-    except (FileNotFoundError, RuntimeError) as error:  # a link to nothing, or to itself
-        return str(error)
-    if file.is_symlink() and not stays_inside(file, real):
-        return "a link that leads outside the model's directory"
-    if not stat.S_ISREG(info.st_mode):
-        return "not a regular file"
-    return "larger than 64 MB" if info.st_size > SIDE_LIMIT else ""
+        return stat.S_ISDIR(entry.lstat().st_mode) and os.access(entry, os.R_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def _judged(file: Path, root: Path) -> tuple[int, str]:
+    """Bytes of a side file, and why it does not travel with the weights."""
+    if file.name.lower().endswith(WEIGHT_SUFFIXES + ARCHIVE_SUFFIXES) or file.name.startswith(LEFT_OUT_PREFIXES):
+        return 0, "a weight or pickle file that the index does not name"
+    try:
+        str(file).encode()
+        with open_regular(file, root=root) as opened:
+            size, start = os.fstat(opened.fileno()).st_size, bytes(opened.read(8))
+    except UnicodeEncodeError:
+        return 0, "its name is not UTF-8"
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in ABSENT:
+            raise
+        return 0, reason(error)
+    if start.startswith(WEIGHT_STARTS):
+        return size, "it begins as a pickle, an archive or a weight file does"
+    return size, "larger than 64 MB" if size > SIDE_LIMIT else ""

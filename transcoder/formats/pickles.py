@@ -22,11 +22,16 @@ Names = frozenset[tuple[str, str]]
 
 
 def loads(data: bytes | memoryview, names: Names | None, subject: str) -> object:
-    """The value that `data` describes; `names` is the closed set of globals, None admits all. Bytes after it: ignored.
+    """The value that `data` describes; `names` is the closed set of globals, None admits all.
 
     >>> loads(b"\\x80\\x02}X\\x01\\x00\\x00\\x00aK\\x07s.", frozenset(), "file")
     [('a', 7)]
     """
+    return measured(data, names, subject)[0]
+
+
+def measured(data: bytes | memoryview, names: Names | None, subject: str) -> tuple[object, int]:
+    """The same, and how many bytes of `data` it took."""
     machine = _Machine(bytes(data), names)
     try:
         value = machine.run()
@@ -36,7 +41,7 @@ def loads(data: bytes | memoryview, names: Names | None, subject: str) -> object
         raise refuse("pickle", f"{subject}: the pickle is cut off or damaged at byte {machine.pos}") from error
     if not _bounded(value, 4 * len(data) + 1024):
         raise refuse("pickle", f"{subject}: the pickled value is nested too deeply, contains itself or repeats itself")
-    return value
+    return value, machine.pos + 1
 
 
 class _Machine:

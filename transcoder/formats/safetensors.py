@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from transcoder.errors import Problem, refuse
+from transcoder.errors import Problem, reason, refuse
 from transcoder.hfconfig import parse_json, read_json
+from transcoder.paths import open_regular, plain_name
 from transcoder.spec import BY_SAFETENSORS, Box, Chunk, DType, TensorSpec
 
 HEADER_LIMIT = 100_000_000  # bytes
@@ -44,35 +44,8 @@ def read_shard(path: Path, follow_links: bool = False) -> Shard:
             header = _header_bytes(file, size)
         return Shard(path.name, size, header, shard_tensors(path.name, header, size))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        problem = Problem(file=path.name, message=_explained(path, str(error)))
+        problem = Problem(file=path.name, message=_explained(path, follow_links) or reason(error))
         raise refuse("safetensors", "a safetensors file was refused", [problem]) from error
-
-
-def open_regular(path: Path, follow_links: bool) -> Any:
-    """Open a regular file for reading. Raises ValueError for a link out of the model's folder, a pipe, a device."""
-    real = path.resolve(strict=True)
-    if path.is_symlink() and not follow_links and not stays_inside(path, real):
-        raise ValueError("a link that leads outside the model's directory; --follow-links permits it")
-    file = os.fdopen(os.open(real, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError("not a regular file")
-    return file
-
-
-def stays_inside(path: Path, real: Path) -> bool:
-    """Inside the folder itself, or inside the blob stores of the hub cache that the folder is a snapshot of."""
-    folder = path.parent.resolve()
-    if real.is_relative_to(folder):
-        return True
-    if folder.parent.name != "snapshots":
-        return False
-    repository = folder.parent.parent
-    shared = repository.parent / "blobs"
-    marked = (shared / ".huggingface-shared-blobs").exists() or (
-        repository.parent / ".huggingface-shared-blobs"
-    ).exists()
-    return real.is_relative_to(repository / "blobs") or (marked and real.is_relative_to(shared))
 
 
 def _header_bytes(file: Any, size: int) -> bytes:
@@ -85,14 +58,16 @@ def _header_bytes(file: Any, size: int) -> bytes:
     return bytes(prefix + file.read(length))
 
 
-def _explained(path: Path, message: str) -> str:
+def _explained(path: Path, follow_links: bool) -> str:
+    """What a refused file is, if it can be told."""
     try:
-        with path.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                return "this is a Git LFS pointer, not the file itself: run `git lfs pull`"
-    except OSError:
-        pass
-    return message
+        with open_regular(path, follow_links) as file:
+            start = bytes(file.read(40))
+    except (OSError, ValueError):
+        return ""
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the file itself: run `git lfs pull`"
+    return "this is a GGUF file, which is not supported" if start.startswith(b"GGUF") else ""
 
 
 def shard_tensors(name: str, header: bytes, size: int) -> tuple[TensorSpec, ...]:
@@ -127,10 +102,12 @@ def _spec(file: str, name: str, entry: Any, base: int) -> TensorSpec:
         raise ValueError(f"{name!r}: expected dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{name!r}: shape {shape!r}, data_offsets {offsets!r}")
-    dtype = BY_SAFETENSORS.get(entry["dtype"])
+        raise ValueError(f"{name!r}: shape {shape!r:.100}, data_offsets {offsets!r:.100}")
+    dtype = BY_SAFETENSORS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise ValueError(f"{name!r}: unknown dtype {entry['dtype']!r}")
+        raise ValueError(f"{name!r}: unknown dtype {entry['dtype']!r:.80}")
+    if prod(extent for extent in shape if extent) >= 1 << 63:
+        raise ValueError(f"{name!r}: the extents {shape} are larger than any file")
     nbytes = offsets[1] - offsets[0]
     if prod(shape) * dtype.size != nbytes:
         raise ValueError(f"{name!r}: {shape} of {dtype.name} needs {prod(shape) * dtype.size} bytes, found {nbytes}")
@@ -150,25 +127,22 @@ def _sizes(values: Any) -> bool:
 
 def read_index(path: Path) -> dict[str, str]:
     """The weight map of an index file: tensor → shard. Raises InputError for anything but plain file names."""
-    table = read_json(path, INDEX_LIMIT)
+    return weight_map(read_json(path, INDEX_LIMIT), path.name)
+
+
+def weight_map(table: Any, file: str) -> dict[str, str]:
+    """The same from an index that was read from a file of this name."""
     weights = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weights, dict) or not weights:
-        raise refuse("index", "the index has no weight_map", [Problem(file=path.name)])
+        raise refuse("index", "the index has no weight_map", [Problem(file=file)])
     bad = [
-        Problem(file=path.name, tensor=name, found=repr(value))
+        Problem(file=file, tensor=name, found=f"{value!r:.120}")
         for name, value in weights.items()
         if not plain_name(value)
     ]
     if bad:
         raise refuse("index", "the index names files that are not plain file names", bad)
     return weights
-
-
-def plain_name(value: Any) -> bool:
-    """One path component, nothing that any system could read as more."""
-    return (
-        isinstance(value, str) and 0 < len(value) < 256 and value not in (".", "..") and not set(value) & set("/\\\0:")
-    )
 
 
 def emit_header(tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -6,10 +6,9 @@ loaders do not check is checked here: holes, overlaps, dtypes, byte ranges; payl
 
 from __future__ import annotations
 
-import mmap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.errors import Problem, refuse
-from transcoder.formats.archive import read_pickle, read_tensor
-from transcoder.formats.pickles import Global, Pairs, Record, loads
-from transcoder.formats.safetensors import open_regular
+from transcoder.formats.archive import read_tensor
+from transcoder.formats.pickles import Global, Pairs, Record, measured
+from transcoder.formats.statefiles import backend_notes, dialect_notes
+from transcoder.formats.statefiles import read_common as read_common
+from transcoder.paths import map_file
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
 
 METADATA_LIMIT = 1 << 30  # bytes
@@ -66,6 +67,7 @@ class TorchDist:
     tensors: Mapping[str, tuple[DType, tuple[int, ...], tuple[tuple[Box, Item], ...]]]
     objects: Mapping[str, Item]
     ignored: Mapping[str, int]  # training-state prefix → number of keys
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def catalog(self) -> dict[str, TensorSpec]:
@@ -78,7 +80,7 @@ class TorchDist:
         return TensorSpec(key, dtype, shape, tuple(self._chunk(key, dtype, box, item, views) for box, item in places))
 
     def _chunk(self, key: str, dtype: DType, box: Box, item: Item, views: dict[str, memoryview]) -> Chunk:
-        view = views.get(item.file) or views.setdefault(item.file, map_file(self.path / item.file))
+        view = views.get(item.file) or views.setdefault(item.file, map_file(self.path / item.file, root=self.path))
         if item.offset + item.length > len(view):
             found = f"{len(view)} bytes"
             raise refuse(
@@ -97,26 +99,19 @@ class TorchDist:
         return Chunk(box, item.file, item.offset + stored.start, stored.size, stored.crc)
 
 
-def map_file(path: Path, follow_links: bool = False) -> memoryview:
-    """A file's bytes, mapped read-only; an empty file gives an empty view. Raises InputError."""
-    try:
-        with open_regular(path, follow_links) as file:
-            size = path.stat().st_size
-            return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)) if size else memoryview(b"")
-    except (OSError, ValueError) as error:
-        raise refuse(
-            "file", "a file of the checkpoint cannot be read", [Problem(file=path.name, message=str(error))]
-        ) from error
-
-
 def open_torch_dist(path: Path) -> TorchDist:
     """The checkpoint in an iteration directory. Raises InputError for anything that is not whole."""
     data = map_file(path / ".metadata")
     if len(data) > METADATA_LIMIT:
         raise refuse("metadata", ".metadata is too large", [Problem(file=".metadata", found=f"{len(data)} bytes")])
-    root = loads(data, METADATA_NAMES, ".metadata")
+    root, length = measured(data, METADATA_NAMES, ".metadata")
+    notes = [f".metadata has {len(data) - length} bytes behind its end"] if length < len(data) else []
+    notes += backend_notes(path)
+    content = read_common(path).get("content_metadata")
     try:
-        return _opened(path, root)
+        store = _opened(path, root)
+        notes += dialect_notes(content, store.tensors)
+        return replace(store, warnings=tuple(notes))
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         if hasattr(error, "problems"):
             raise
@@ -181,9 +176,11 @@ def _storage(value: object) -> _Places:
 
 def _item(fields: Mapping[str, Any]) -> Item:
     name, (offset, length) = fields["relative_path"], _integers((fields["offset"], fields["length"]))
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r:.80} is not a path inside the checkpoint")
     parts = name.split("/")
     if not all(part and part not in (".", "..") and not set(part) & set("\\\0") for part in parts):
-        raise ValueError(f"{name!r} is not a path inside the checkpoint")
+        raise ValueError(f"{name!r:.120} is not a path inside the checkpoint")
     return Item(name, offset, length)
 
 
@@ -248,7 +245,7 @@ def _is_grid(boxes: list[Box]) -> bool:
 
 
 def _overlap(boxes: list[Box]) -> bool:
-    if len(boxes) > 4096:
+    if len(boxes) > 512:  # the comparison is quadratic
         return True
     return any(
         all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, two, strict=True))
@@ -277,20 +274,3 @@ def _check_ranges(places: _Places) -> None:
                     "two items overlap",
                     [Problem(file=file, tensor=key or other, found=f"bytes {after} to {start + length}")],
                 )
-
-
-def plain(value: object) -> Any:
-    """Inert pickle data as plain values: dictionaries with text keys, namespaces as dictionaries, the rest as it is."""
-    if isinstance(value, Pairs):
-        return {key: plain(item) for key, item in value if isinstance(key, str)}
-    if isinstance(value, Record):
-        return plain(value.state) if value.state is not None else value
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def read_common(path: Path) -> dict[str, Any]:
-    """The plain values of common.pt; {} when the file is absent. Nothing in it is executed."""
-    if not (path / "common.pt").exists():
-        return {}
-    values = plain(read_pickle(map_file(path / "common.pt"), None, "common.pt"))
-    return values if isinstance(values, dict) else {}

@@ -12,7 +12,7 @@ def step_of(view: memoryview) -> int:
     """The number under `step`, a 0-d integer tensor. Raises InputError when there is none."""
     subject = "train_state.pt"
     root = read_pickle(view, None, subject)
-    value = dict(root).get("step") if isinstance(root, Pairs) else None
+    value = root.as_dict().get("step") if isinstance(root, Pairs) else None
     if isinstance(value, Record) and value.args and isinstance(value.args[0], Persistent):
         storage = value.args[0].value
         if isinstance(storage, tuple) and len(storage) == 5:

@@ -56,6 +56,8 @@ def _entries(view: memoryview) -> dict[str, Entry]:
     for item in sorted(listed, key=lambda item: item.position):
         entry, end = _located(view[:start], item)
         name = item.name.decode()
+        if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+            raise refuse("archive", "a record of the archive is named as a path that leaves it")
         if item.position < free or name in found:
             raise refuse("archive", "two records of the archive overlap or have one name")
         found[name], free = entry, end
@@ -138,15 +140,17 @@ def _widened(extra: bytes, *numbers: int) -> list[int]:
 
 
 def _extra_field(extra: bytes) -> bytes | None:
-    """The content of the zip64 extra field (id 1)."""
+    """The content of the zip64 extra field (id 1), of which there is at most one."""
+    found = None
     while len(extra) >= 4:
         kind, length = struct.unpack_from("<2H", extra)
         if length > len(extra) - 4:
             raise refuse("archive", "an extra field of the archive is cut off")
-        if kind == 1:
-            return extra[4 : 4 + length]
+        if kind == 1 and found is not None:
+            raise refuse("archive", "a record of the archive has two zip64 fields")
+        found = extra[4 : 4 + length] if kind == 1 else found
         extra = extra[4 + length :]
-    return None
+    return found
 
 
 def _located(body: memoryview, item: _Listed) -> tuple[Entry, int]:

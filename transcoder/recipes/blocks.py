@@ -146,15 +146,32 @@ DENSE = {
     "seq_len_interpolation_factor": "rope_factor if rope_type == 'linear' else None",
 }
 
+# Attention to a window of tokens, in the layers of the kind `sliding`.
+WINDOW = {
+    "window_size": field_of("(sliding_window - 1, 0) if any_sliding else None", sliding_window="window_size[0] + 1"),
+    "window_attn_skip_freq": "sliding_layers if any_sliding else None",
+}
+WINDOWED = "sliding_window is not None"
+QWEN_WINDOWED = f"use_sliding_window and {WINDOWED}"
+QWEN_DEFAULTS = {"max_window_layers": 28}
+UNCARRIED_WINDOW = "Megatron-LM does not take the sliding window from a checkpoint: give --window-size"
+
+
+def sliding(windows: str, without_list: str = "l >= max_window_layers") -> dict[str, str]:
+    """The kind of layers with a window, for a model that has windows at all; as a list in the config says, if any."""
+    return {"sliding": f"{windows} and (layer_types[l] == 'sliding_attention' if layer_types else {without_list})"}
+
+
 USE_QK_NORM = field_of("not not use_qk_norm", use_qk_norm="qk_layernorm")
 NO_BIAS = {"add_bias_linear": "False", "add_qkv_bias": "False"}
 
 # Conditions under which the weights are right but a field of the config has no counterpart that was measured.
+UNMATCHED = "has no counterpart in megatron-core"  # what then cannot be run either
 CHECKS = {
     "rope_type not in (None, 'default', 'llama3', 'linear')": "this rope_scaling has no counterpart that was measured",
     "rope_type in ('llama3', 'linear')": "rope_scaling was not measured with Megatron-LM or Megatron Bridge",
     "rope_type == 'llama3' and (rope_low_freq_factor, rope_high_freq_factor, rope_original_max_position_embeddings)"
     " != (1, 4, 8192)": "megatron-core's llama3 rope has the fixed constants 1, 4 and 8192",
-    "sliding_window is not None and use_sliding_window is not False": "sliding_window is not carried over",
+    "sliding_window is not None and use_sliding_window is not False": UNCARRIED_WINDOW,
     "hidden_act is not None and hidden_act != 'silu'": "hidden_act is not silu",
 }

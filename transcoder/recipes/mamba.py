@@ -133,6 +133,8 @@ MODEL = {
     "moe_router_topk_scaling_factor": "routed_scaling_factor if any_sparse else None",
     "moe_router_score_function": "'sigmoid' if any_sparse else None",
     "moe_router_enable_expert_bias": "True if any_sparse else None",
+    "moe_router_num_groups": "n_group if any_sparse and n_group and n_group != 1 else None",
+    "moe_router_group_topk": "topk_group if any_sparse and n_group and n_group != 1 else None",
 }
 CHECKS = {
     "True": "Mamba hybrids were not measured with Megatron-LM or Megatron Bridge",

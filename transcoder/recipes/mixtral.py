@@ -9,7 +9,7 @@ RECIPE = Recipe(
     name="mixtral",
     hf={"MixtralForCausalLM": "mixtral"},
     axes=blocks.AXES | {"e": "num_local_experts"} | experts.EXPERT_AXES | {"mf": "intermediate_size"},
-    kinds=experts.EVERY_LAYER,
+    kinds=experts.EVERY_LAYER | {"sliding": blocks.WINDOWED},
     rules=(
         *blocks.EMBED,
         *blocks.ATTENTION,
@@ -20,7 +20,7 @@ RECIPE = Recipe(
         *blocks.FINAL,
     ),
     extra_state=blocks.ATTENTION_STATE + experts.EXPERT_STATE,
-    model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | {"moe_router_pre_softmax": "False"},
+    model=blocks.DENSE | blocks.WINDOW | experts.MOE | blocks.NO_BIAS | {"moe_router_pre_softmax": "False"},
     checks=experts.EXPERT_CHECKS,
     hf_variants=experts.expert_variants(f"{SPARSE}.{{e}}.w2.weight"),
     mcore_variants=experts.NORM_VARIANTS,

@@ -18,7 +18,9 @@ RECIPE = Recipe(
     + moved_state(blocks.MLP_STATE, "dense")
     + moved_state(mamba.EXPERT_STATE, "sparse")
     + mamba.LAST_STATE,
-    model=blocks.DENSE | blocks.NO_BIAS | mamba.MODEL,
+    model={name: text for name, text in blocks.DENSE.items() if "rope_scaling" not in name}
+    | blocks.NO_BIAS
+    | mamba.MODEL,
     checks=mamba.CHECKS,
     hf_variants=mamba.HF_VARIANTS,
 )

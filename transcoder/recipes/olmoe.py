@@ -22,7 +22,7 @@ RECIPE = Recipe(
     model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | {"qk_layernorm": "True"},
     checks=experts.EXPERT_CHECKS
     | {
-        "clip_qkv is not None": "clip_qkv has no counterpart in megatron-core",
+        "clip_qkv is not None": f"clip_qkv {blocks.UNMATCHED}",
         "clip_qkv is None": "the norm over all query heads is not one of megatron-core's own layer specs",
     },
     hf_variants=experts.expert_variants(),

@@ -28,6 +28,5 @@ RECIPE = Recipe(
         "window_size": "(sliding_window - 1, 0) if sliding_window else None",
         "seq_length": "max_position_embeddings or 4096",
     },
-    checks={test: reason for test, reason in blocks.CHECKS.items() if "sliding_window" not in test}
-    | {"sliding_window": "Megatron-LM does not take the sliding window from a checkpoint: give --window-size"},
+    checks=blocks.CHECKS,
 )

@@ -12,13 +12,16 @@ LAYER = "layers.{l}.input_layernorm.weight"
 RECIPE = Recipe(
     name="qwen2_5_vl",
     hf={"Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"},
+    defaults={"max_window_layers": 80},
     axes=blocks.AXES | tower.AXES,
+    kinds=blocks.sliding(blocks.QWEN_WINDOWED),
     rules=moved(TEXT, OLD, INSIDE)
     + moved(TEXT, NEW, INSIDE, ("model.", "model.language_model."))
     + moved(VISION, OLD)
     + moved(VISION, NEW, hf=("visual.", "model.visual.")),
     extra_state=moved_state(blocks.EXTRA_STATE, mcore=INSIDE),
     model=blocks.DENSE
+    | blocks.WINDOW
     | {"add_qkv_bias": "True", "add_bias_linear": "False"}
     | {"position_embedding_type": "'mrope'", "mrope_section": "mrope_section or (16, 24, 24)"},
     hf_variants={"prefix": {"old": f"model.{LAYER}", "new": f"model.language_model.{LAYER}"}},

@@ -9,8 +9,9 @@ SPARSE = (*experts.EXPERT_NORM, experts.router(), *experts.per_expert(), *expert
 RECIPE = Recipe(
     name="qwen2_moe",
     hf={"Qwen2MoeForCausalLM": "qwen2_moe"},
+    defaults=blocks.QWEN_DEFAULTS,
     axes=blocks.AXES | experts.EXPERT_AXES | experts.SHARED_AXES,
-    kinds=experts.SOME_LAYERS,
+    kinds=experts.SOME_LAYERS | blocks.sliding(blocks.QWEN_WINDOWED, "l % 2 == 0 and l < max_window_layers"),
     rules=(
         *blocks.EMBED,
         *blocks.ATTENTION,
@@ -23,6 +24,7 @@ RECIPE = Recipe(
     + moved_state(blocks.MLP_STATE, "not sparse")
     + moved_state(experts.EXPERT_STATE + experts.SHARED_STATE, "sparse"),
     model=blocks.DENSE
+    | blocks.WINDOW
     | experts.MOE
     | experts.SHARED_GATE
     | {"add_bias_linear": "False", "add_qkv_bias": "qkv_bias is not False"},

@@ -9,7 +9,7 @@ RECIPE = Recipe(
     name="qwen3_moe",
     hf={"Qwen3MoeForCausalLM": "qwen3_moe"},
     axes=blocks.AXES | {"e": "num_experts or num_local_experts"} | experts.EXPERT_AXES,
-    kinds=experts.SOME_LAYERS,
+    kinds=experts.SOME_LAYERS | {"sliding": blocks.QWEN_WINDOWED},
     rules=blocks.EMBED
     + blocks.ATTENTION
     + blocks.QK_NORM
@@ -20,7 +20,7 @@ RECIPE = Recipe(
     + blocks.QK_NORM_STATE
     + moved_state(blocks.MLP_STATE, "not sparse")
     + moved_state(experts.EXPERT_STATE, "sparse"),
-    model=blocks.DENSE | experts.MOE | blocks.NO_BIAS | {"qk_layernorm": "True"},
+    model=blocks.DENSE | blocks.WINDOW | experts.MOE | blocks.NO_BIAS | {"qk_layernorm": "True"},
     checks=experts.EXPERT_CHECKS,
     hf_variants=experts.expert_variants(),
     mcore_variants=experts.NORM_VARIANTS,

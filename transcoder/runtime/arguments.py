@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from transcoder.console import LEVELS
 from transcoder.options import DTYPES, GRID
 
 CONTEXT: dict[str, Any] = {
@@ -28,6 +27,5 @@ PLACE = [
     *GRID,
     click.option("--dtype", default=None, type=DTYPES, help="compute type; default float32 on CPU, the model's on GPU"),
     click.option("--device", default=None, type=click.Choice(["cpu", "cuda"]), help="default: cuda where there is one"),
-    click.option("--log-level", default="info", show_default=True, type=click.Choice(LEVELS), help="debug: tracebacks"),
     click.option("--exact", is_flag=True, help="add in float64, so that no choice depends on --tp"),
 ]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch.nn import functional
 
-Multiply = Callable[[Any, Any], Any]
+Multiply = Callable[..., Any]
 
 
 def _lean(input: Any, weight: Any, bias: Any = None) -> Any:
@@ -27,20 +28,26 @@ def _wide(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _column(
-    multiply: Callable[..., Any], dtype: Any, input: Any, weight: Any, *_args: Any, bias: Any = None, **_kwargs: Any
-) -> Any:
-    """Instead of a column-parallel layer's multiplication; dtype: of the output, the input's when None."""
-    return multiply(input, weight, bias).to(dtype or input.dtype)
+    multiply: Multiply, dtype: Any, layer: Any, input: Any, weight: Any = None, runtime_gather_output: Any = None
+) -> tuple[Any, Any]:
+    """Instead of a column-parallel layer's forward; dtype: of the output, the input's when None."""
+    added, returned = (None, layer.bias) if layer.skip_bias_add else (layer.bias, None)
+    out = multiply(input, layer.weight if weight is None else weight, added).to(dtype or input.dtype)
+    gather = layer.gather_output if runtime_gather_output is None else runtime_gather_output
+    if gather and layer.tp_group.size() > 1:
+        out = gather_from_tensor_model_parallel_region(out, group=layer.tp_group)
+    return out, returned
 
 
 def _row(multiply: Multiply, layer: Any, input: Any) -> tuple[Any, Any]:
-    """Instead of a row-parallel layer's forward: the sum over ranks comes before the rounding."""
+    """Instead of a row-parallel layer's forward: the sum over ranks and the bias come before the rounding."""
+    if layer.is_expert or layer.explicit_expert_comm:  # the sum and the bias are the dispatcher's
+        return multiply(input, layer.weight).to(input.dtype), layer.bias
+    if layer.tp_group.size() == 1:
+        return multiply(input, layer.weight, layer.bias).to(input.dtype), None
     total = multiply(input, layer.weight)
-    if layer.tp_group.size() > 1 and not layer.explicit_expert_comm:
-        dist.all_reduce(total, group=layer.tp_group)
-    if layer.skip_bias_add or layer.bias is None:
-        return total.to(input.dtype), layer.bias if layer.skip_bias_add else None
-    return (total + layer.bias.to(total.dtype)).to(input.dtype), None
+    dist.all_reduce(total, group=layer.tp_group)
+    return (total if layer.bias is None else total + layer.bias.to(total.dtype)).to(input.dtype), None
 
 
 def _silu(input: Any) -> Any:
@@ -48,12 +55,13 @@ def _silu(input: Any) -> Any:
     return functional.silu(input.double()).to(input.dtype)
 
 
-def _exchange(model: Any, multiply: Callable[..., Any], logits: Any) -> None:
+def _exchange(model: Any, multiply: Multiply, logits: Any) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, RowParallelLinear):
             layer.forward = partial(_row, multiply, layer)
         elif isinstance(layer, ColumnParallelLinear):
-            layer._forward_impl = partial(_column, multiply, logits if name.endswith("output_layer") else None)
+            layer.skip_bias_add = layer.is_expert  # else rounded with the product, not after it
+            layer.forward = partial(_column, multiply, logits if name.endswith("output_layer") else None, layer)
 
 
 def make_lean(model: Any) -> None:

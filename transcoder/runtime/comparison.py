@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from transcoder.errors import UsageError
 from transcoder.hfconfig import normalise, read_config
@@ -17,13 +17,15 @@ from transcoder.mesh import Mesh
 from transcoder.runtime import divergence, drawing, generation, reference, text, verdict
 from transcoder.runtime.config import check_grid, is_multimodal
 from transcoder.runtime.device import init_parallel
+from transcoder.runtime.gradients import differentiate
 from transcoder.runtime.hooks import HfRecorder, MegatronRecorder, Record, write_log
 from transcoder.runtime.load import load
 from transcoder.runtime.model import build_model, stage_forward
 from transcoder.runtime.pairing import pair
 from transcoder.runtime.printing import Printer
-from transcoder.runtime.process import place, shared
-from transcoder.runtime.session import Chosen, Conversation, Request, choose_dtype, open_model, speaks
+from transcoder.runtime.process import exchanged, place, shared, waiting_room
+from transcoder.runtime.session import Chosen, Conversation, Request, choose_dtype, open_model, ran, speaks
+from transcoder.runtime.voice import Voice
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Outcome:
     records: list[Record] = field(default_factory=list)
     backward: list[Record] = field(default_factory=list)
     modules: frozenset[str] = frozenset()
+    warnings: list[str] = field(default_factory=list)
 
 
 class Whole(Conversation):
@@ -60,15 +63,11 @@ class Whole(Conversation):
         placed = self.positions.between(0, len(self.ids), self.device) if self.positions else None
         return stage_forward(self.stage, tokens, placed, embeddings=self.embeddings(tokens, 0))
 
-    def loss(self) -> Any:
-        """The prompt's loss, with a graph behind it; of a model on one process."""
-        tokens = torch.tensor([self.ids], device=self.device)
-        logits = stage_forward.__wrapped__(self.stage, tokens)
-        return reference.next_token_loss(logits[0], tuple(self.ids))
 
-
-def run(asked: generation.Asked, hf: str, megatron: str | None, mesh: Mesh, options: Mapping[str, Any]) -> int:
-    """Compare, print, write logs. options: of the command line. Returns 0, or 5 when the verdict is a failure."""
+def run(
+    asked: generation.Asked, hf: str, megatron: str | None, mesh: Mesh, options: Mapping[str, Any], voice: Voice
+) -> int:
+    """Compare, tell, write logs. options: of the command line. Returns 0, or 5 when the verdict is a failure."""
     folder, weights = generation.locate(hf, megatron)
     config, watch = read_config(folder), watch_of(options)
     dtype = choose_dtype(config, options["dtype"], options["device"], options["exact"])
@@ -76,24 +75,28 @@ def run(asked: generation.Asked, hf: str, megatron: str | None, mesh: Mesh, opti
     requests = generation.make_requests(asked, folder, config, tokenizer) if place().rank == 0 else []
     enter(config, mesh, watch)
     (request,) = shared(requests)
-    printer = Printer(tokenizer, request) if speaks() else None
+    printer = Printer(tokenizer, request, voice, options["verbose"]) if speaks() else None
     chosen = Chosen(folder, weights, mesh, dtype, options["device"], options["exact"])
     return 0 if compare(config, chosen, request, watch, printer, options["model_class"]) else 5
 
 
 def enter(config: dict[str, Any], mesh: Mesh, watch: Watch) -> None:
     """Join the grid, so that every process knows whether it speaks. Raises UsageError."""
+    if watch.backward and is_multimodal(config):
+        raise UsageError("--backward: gradients are recorded of models for text", kind="backward")
+    if watch.backward and mesh.ep * mesh.etp > 1:
+        raise UsageError("--backward: experts must stay on one rank; leave --ep and --etp at 1", kind="backward")
     check_grid(normalise(config), mesh, place().world)
-    if watch.backward and (place().world > 1 or is_multimodal(config)):
-        raise UsageError("--backward: gradients are recorded in one process, of a model for text", kind="backward")
     init_parallel(mesh)
+    if place().world > 1:
+        waiting_room()  # made before one rank comes late
 
 
 def compare(
     config: dict[str, Any], chosen: Chosen, request: Request, watch: Watch, printer: Printer | None, name: str | None
 ) -> bool:
     """Whether both sides agree, on every rank; the one with a printer runs transformers and prints."""
-    judged, theirs = judged_type(config, chosen.dtype), Outcome()
+    judged, theirs, started = judged_type(config, chosen.dtype), Outcome(), time.monotonic()
     if printer:
         printer.begin()
         theirs = run_reference(config, chosen, request, judged, watch, name)
@@ -103,6 +106,7 @@ def compare(
     _write(watch, theirs, ours, printer is not None)
     if not printer:
         return bool(from_speaker(None))
+    printer.voice.warn(ours.warnings)
     printer.side("Megatron", ours.logits[chosen.dtype])
     near = verdict.measure(theirs.logits[chosen.dtype], ours.logits[chosen.dtype])
     checks = list(checks_of(theirs.logits, ours.logits, chosen.dtype, judged, near))
@@ -110,6 +114,7 @@ def compare(
     printer.end(near, checks, compared)
     if watch.html is not None:
         drawing.write(watch.html, compared, f"{request.prompt!r} in {judged}")
+    printer.conclude(near, checks, compared, ran(config, chosen, started, ours.warnings))
     return bool(from_speaker(all(check.holds for check in checks)))
 
 
@@ -152,7 +157,8 @@ def run_megatron(
     """Logits of this rank, where it has them, in the asked type and in the one that is judged."""
     found = Outcome()
     for dtype in dict.fromkeys((chosen.dtype, judged)):
-        model = open_model(config, replace(chosen, dtype=dtype))
+        found.warnings.clear()  # every type leaves out the same
+        model = open_model(config, replace(chosen, dtype=dtype), found.warnings.extend)
         if dtype != chosen.dtype:
             _round(model, chosen.dtype)
         talk = Whole(model, config, request, len(request.ids), cached=False)
@@ -182,27 +188,19 @@ def _backward(config: dict[str, Any], chosen: Chosen, request: Request) -> list[
     model = build_model(config, chosen.mesh, chosen.dtype, device=chosen.device)
     load(model, chosen.weights, chosen.folder)
     recorder = MegatronRecorder(model, {}, gradients=True)
-    Whole(model, config, request, len(request.ids), cached=False).loss().backward()
+    differentiate(model, request.ids)
     recorder.close()
     return recorder.backward
 
 
 def gathered(records: list[Record]) -> list[Record]:
     """The records of all ranks, in the order of ranks."""
-    parts: list[Any] = [records]
-    if place().world > 1:
-        parts = [None] * place().world
-        dist.all_gather_object(parts, records)
-    return [record for part in parts for record in part]
+    return [record for part in exchanged(records) for record in part]
 
 
 def from_speaker(value: Any) -> Any:
-    """The value of the one rank that has one."""
-    if place().world == 1:
-        return value
-    parts: list[Any] = [None] * place().world
-    dist.all_gather_object(parts, value)
-    return next(part for part in parts if part is not None)
+    """The value of the one rank that has one, for which the others wait while it works."""
+    return next((part for part in exchanged(value) if part is not None), None)
 
 
 def _write(watch: Watch, theirs: Outcome, ours: Outcome, speaker: bool) -> None:

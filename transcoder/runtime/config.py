@@ -1,163 +1,68 @@
-"""The TransformerConfig of a parsed config.json, as `transcoder.hfconfig.normalise` spells it."""
+"""The TransformerConfig of a model: its fields, and what is to be said of running alone."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from transcoder.errors import Problem, UsageError, refuse
+from transcoder.formats.mcore import SILU
+from transcoder.hfconfig import architecture_of, normalise
 from transcoder.mesh import Mesh
+from transcoder.recipe import evaluate
+from transcoder.recipes import recipe_for
+from transcoder.recipes.blocks import UNMATCHED
+from transcoder.runtime.fields import Fields, config_class, fields_of, is_megatron, routed, unsupported
 
-DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "OlmoeForCausalLM")
-VISION = ("Qwen2_5_VLForConditionalGeneration",)
-CLASSES = DENSE + EXPERTS + VISION
-
-
-@dataclass
-class ModelConfig(TransformerConfig):  # type: ignore[misc]
-    """TransformerConfig with what megatron-core has no field for."""
-
-    wide_qk_norm: bool = False  # norms of queries and keys over all heads at once
+# Whose logits were compared with those of transformers; the layers of others differ from those that are built here.
+CLASSES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "OlmoeForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration",
+)
+ACTIVATIONS = ("torch.nn.functional", "megatron.core.activations")
 
 
 def family(config: dict[str, Any]) -> str:
-    """The supported class name of a parsed config.json. Raises InputError when it has none."""
-    names = config.get("architectures") or []
-    found = [name for name in names if name in CLASSES]
-    if not found:
-        problem = Problem(file="config.json", expected=", ".join(CLASSES), found=f"{names or config.get('model_type')}")
+    """The class of a parsed config.json; empty for fields of Megatron's. Raises InputError for one never compared."""
+    if is_megatron(config):
+        return ""
+    name = architecture_of(config)
+    recipe_for(name)
+    if name not in CLASSES:
+        problem = Problem(file="config.json", expected=", ".join(CLASSES), found=name)
         raise refuse("architecture", "the runtime cannot build this architecture", [problem])
-    return str(found[0])
+    return name
 
 
-def _unsupported(found: str, expected: str) -> Exception:
-    return refuse(
-        "config", "the runtime cannot build this model", [Problem("", "config.json", "", "", expected, found)]
-    )
-
-
-def head_size(config: dict[str, Any]) -> int:
-    """The size of one attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _windowed_layers(config: dict[str, Any]) -> list[int]:
-    """1 for each layer with a sliding window."""
-    layers, name = int(config["num_hidden_layers"]), family(config)
-    if not config.get("sliding_window") or name in ("LlamaForCausalLM", "OlmoeForCausalLM"):
-        return [0] * layers
-    if name in ("MistralForCausalLM", "MixtralForCausalLM"):
-        return [1] * layers
-    if not config.get("use_sliding_window"):
-        return [0] * layers
-    if name == "Qwen3MoeForCausalLM":
-        return [1] * layers
-    kinds = config.get("layer_types")
-    first = config.get("max_window_layers", layers)
-    return [int(kinds[i] == "sliding_attention" if kinds else i >= first) for i in range(layers)]
-
-
-def _window_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The window's size and layers; nothing when no layer has one."""
-    windowed = _windowed_layers(config)
-    if not any(windowed):
-        return {}
-    return {"window_size": (int(config["sliding_window"]) - 1, 0), "window_attn_skip_freq": windowed}
-
-
-def _bias_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Megatron has one switch for all biases, and one more for QKV alone."""
-    if family(config) in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", *VISION):
-        return {"add_bias_linear": False, "add_qkv_bias": bool(config.get("qkv_bias", True))}
-    attention = bool(config.get("attention_bias"))
-    return {"add_bias_linear": attention or bool(config.get("mlp_bias")), "add_qkv_bias": attention}
-
-
-def _shape_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Sizes and the norm's epsilon."""
-    if config.get("hidden_act", "silu") != "silu":
-        raise _unsupported(f"hidden_act {config['hidden_act']!r}", "silu")
+def model_arguments(config: dict[str, Any]) -> Fields:
+    """What the model takes beside its configuration, but for what turns positions into angles, which is ours."""
+    found = routed(fields_of(config)).model
+    kind = found["position_embedding_type"]
     return {
-        "num_layers": int(config["num_hidden_layers"]),
-        "hidden_size": int(config["hidden_size"]),
-        "ffn_hidden_size": int(config["intermediate_size"]),
-        "num_attention_heads": int(config["num_attention_heads"]),
-        "num_query_groups": int(config.get("num_key_value_heads") or config["num_attention_heads"]),
-        "kv_channels": head_size(config),
-        "layernorm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        "qk_layernorm": family(config) in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
-        "wide_qk_norm": family(config) == "OlmoeForCausalLM",
+        "vocab_size": found["vocab_size"],
+        "max_sequence_length": found["max_sequence_length"],
+        "share_embeddings_and_output_weights": found["share_embeddings_and_output_weights"],
+        "position_embedding_type": "rope" if kind == "yarn" else kind,
     }
-
-
-def sparse_layers(config: dict[str, Any]) -> list[int]:
-    """1 for each layer with experts."""
-    if family(config) not in EXPERTS:
-        return [0] * int(config["num_hidden_layers"])
-    dense, step = config.get("mlp_only_layers") or (), int(config.get("decoder_sparse_step") or 1)
-    return [int(i not in dense and (i + 1) % step == 0) for i in range(int(config["num_hidden_layers"]))]
-
-
-def _router_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Softmax over the chosen experts where Hugging Face renormalises, else over all."""
-    if config.get("clip_qkv") is not None:
-        raise _unsupported(f"clip_qkv {config['clip_qkv']}", "null: megatron-core has no counterpart")
-    renormalised = family(config) == "MixtralForCausalLM" or bool(config.get("norm_topk_prob"))
-    return {
-        "moe_router_topk": int(config["num_experts_per_tok"]),
-        "moe_router_pre_softmax": not renormalised,
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-    }
-
-
-def _shared_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The shared expert of Qwen2's mixtures."""
-    if family(config) != "Qwen2MoeForCausalLM":
-        return {}
-    size = int(config["shared_expert_intermediate_size"])
-    return {"moe_shared_expert_intermediate_size": size, "moe_shared_expert_gate": True}
-
-
-def _expert_fields(config: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Number, size and place of the experts; a list of layers only where they differ, for it changes the keys."""
-    sparse = sparse_layers(config)
-    if not any(sparse):
-        return {}
-    fields = {
-        "num_moe_experts": int(config.get("num_experts") or config["num_local_experts"]),
-        "moe_ffn_hidden_size": int(config.get("moe_intermediate_size") or config["intermediate_size"]),
-        "moe_layer_freq": 1 if all(sparse) else sparse,
-        "moe_grouped_gemm": False,
-        "moe_token_dispatcher_type": "allgather",
-        "expert_model_parallel_size": mesh.ep,
-        "expert_tensor_parallel_size": mesh.etp,
-    }
-    return fields | _router_fields(config) | _shared_fields(config)
 
 
 def is_multimodal(config: dict[str, Any]) -> bool:
-    """Whether positions have three rows: time, height and width."""
-    return family(config) in VISION
+    """Whether positions have three rows: time, height and width. Raises InputError for a class never compared."""
+    family(config)
+    return bool(fields_of(config, whole=False)["position_embedding_type"] == "mrope")
 
 
-def _position_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """How many frequencies belong to time, height and width."""
-    if not is_multimodal(config):
-        return {}
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    section = rope.get("mrope_section")
-    if not section or 2 * sum(section) != head_size(config):
-        raise _unsupported(f"mrope_section {section}", f"three numbers that add up to {head_size(config) // 2}")
-    return {"mrope_section": list(section)}
-
-
-def _type_fields(dtype: str) -> dict[str, Any]:
+def _type_fields(dtype: str) -> Fields:
     """The compute type, in the three places that ask for it."""
     kind = getattr(torch, dtype)
     return {
@@ -168,10 +73,8 @@ def _type_fields(dtype: str) -> dict[str, Any]:
     }
 
 
-_CONSTANTS: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "activation_func": torch.nn.functional.silu,
-    "gated_linear_unit": True,
+# How a model is run, whatever its training is to be like.
+_RUNNING: Fields = {
     "use_cpu_initialization": True,
     "perform_initialization": False,
     "hidden_dropout": 0.0,
@@ -182,34 +85,96 @@ _CONSTANTS: dict[str, Any] = {
     "bias_activation_fusion": False,
     "gradient_accumulation_fusion": False,
     "persist_layer_norm": False,
+    "moe_grouped_gemm": False,
+    "moe_token_dispatcher_type": "allgather",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
 }
 
 
-def transformer_config(config: dict[str, Any], mesh: Mesh, dtype: str = "float32") -> ModelConfig:
-    """The TransformerConfig of a parsed config.json."""
-    fields = _shape_fields(config) | _bias_fields(config) | _window_fields(config) | _expert_fields(config, mesh)
-    fields |= _position_fields(config)
-    fields |= {"tensor_model_parallel_size": mesh.tp, "pipeline_model_parallel_size": mesh.pp}
-    return ModelConfig(**_CONSTANTS, **_type_fields(dtype), **fields)
+def sparse_layers(fields: Fields) -> list[int]:
+    """1 for each layer with experts."""
+    frequency, layers = fields.get("moe_layer_freq", 1), int(fields["num_layers"])
+    if not fields.get("num_moe_experts"):
+        return [0] * layers
+    return frequency if isinstance(frequency, list) else [int(i % frequency == 0) for i in range(layers)]
 
 
-def _limits(config: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+def _grid_fields(fields: Fields, mesh: Mesh) -> Fields:
+    """The grid; a model whose layers are all dense has no experts, whatever their number is."""
+    found = {"tensor_model_parallel_size": mesh.tp, "pipeline_model_parallel_size": mesh.pp}
+    if not any(sparse_layers(fields)):
+        return found | {"num_moe_experts": None, "moe_layer_freq": 1, "moe_ffn_hidden_size": None}
+    return found | {"expert_model_parallel_size": mesh.ep, "expert_tensor_parallel_size": mesh.etp}
+
+
+def _spelled(fields: Fields) -> Fields:
+    """Fields whose values a configuration wants otherwise: functions, and what a YAML has as a list."""
+    found: Fields = {"activation_func": _function(fields.get("activation_func", SILU))}
+    if window := fields.get("window_size"):
+        # Megatron Bridge's Gemma 3 counts the token itself
+        found["window_size"] = (window - 1, 0) if isinstance(window, int) else tuple(window)
+    if section := fields.get("mrope_section"):
+        if 2 * sum(section) != fields["kv_channels"]:
+            wanted = f"three numbers that add up to {fields['kv_channels'] // 2}"
+            raise unsupported(f"mrope_section {list(section)}", wanted)
+        found["mrope_section"] = list(section)
+    return found
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if module not in ACTIVATIONS:
+        raise unsupported(f"activation_func {path}", " or ".join(ACTIVATIONS))
+    return getattr(importlib.import_module(module), name)
+
+
+def configured(fields: Fields, mesh: Mesh, dtype: str = "float32") -> Any:
+    """The configuration that a table's fields describe, at a grid."""
+    overridden = _RUNNING | _spelled(fields) | _type_fields(dtype) | _grid_fields(fields, mesh)
+    return config_class(fields)(**routed(fields).config | overridden)
+
+
+def transformer_config(config: dict[str, Any], mesh: Mesh, dtype: str = "float32") -> Any:
+    """The TransformerConfig of a parsed config.json. Raises InputError for what megatron-core has no place for."""
+    fields = fields_of(config)
+    if family(config):
+        _check_values(config, fields)
+    if homeless := routed(fields).of_bridge:
+        raise unsupported(", ".join(homeless), "fields that megatron-core has")
+    return configured(fields, mesh, dtype)
+
+
+def _check_values(config: dict[str, Any], fields: Fields) -> None:
+    recipe = recipe_for(architecture_of(config))
+    values = normalise(config, recipe.defaults)
+    for test, reason in recipe.checks.items():
+        if UNMATCHED in reason and evaluate(test, values):
+            raise unsupported(reason, "a config without it")
+    if "activation_func" not in fields and values.get("hidden_act") not in (None, "silu"):
+        raise unsupported(f"hidden_act {values['hidden_act']!r}", "silu")
+
+
+def _limits(fields: Fields) -> Iterator[tuple[str, str, int]]:
     """(mesh, name, count) for what a mesh must divide."""
-    yield "tp", "attention heads", int(config["num_attention_heads"])
-    sparse = sparse_layers(config)
+    yield "tp", "attention heads", int(fields["num_attention_heads"])
+    sparse = sparse_layers(fields)
     if not all(sparse):
-        yield "tp", "rows of the feed-forward", int(config["intermediate_size"])
+        yield "tp", "rows of the feed-forward", int(fields["ffn_hidden_size"])
     if any(sparse):
-        yield "ep", "experts", int(config.get("num_experts") or config["num_local_experts"])
-        yield "etp", "rows of an expert", int(config.get("moe_intermediate_size") or config["intermediate_size"])
-    yield "pp", "layers", int(config["num_hidden_layers"])
+        yield "ep", "experts", int(fields["num_moe_experts"])
+        yield "etp", "rows of an expert", int(fields["moe_ffn_hidden_size"])
+        yield "tp", "rows of the shared expert", int(fields.get("moe_shared_expert_intermediate_size") or 0)
+    yield "pp", "layers", int(fields["num_layers"])
 
 
 def check_grid(config: dict[str, Any], mesh: Mesh, processes: int) -> None:
     """Raise UsageError for a grid that does not divide the model, or that the processes cannot form."""
+    family(config)
+    fields = fields_of(config)
     mesh.check_positive()
-    mesh.check(_limits(config), int(config["num_hidden_layers"]))
-    groups = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    mesh.check(_limits(fields), int(fields["num_layers"]))
+    groups = int(fields["num_query_groups"])
     if groups % mesh.tp and mesh.tp % groups:
         message = f"--tp {mesh.tp} and the {groups} query groups do not divide one another"
         raise UsageError(message, kind="mesh")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transcoder.errors import Problem, refuse
-from transcoder.runtime.sketches import distance
+from transcoder.runtime.sketches import distance, plain
 
 JUMP = 8.0
 ROUNDING = {"float32": 4e-6, "float64": 4e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # relative, of one module
@@ -37,6 +37,10 @@ class Compared:
     def differs(self) -> bool:
         """Whether the error is a jump, or not a number."""
         return not self.error <= self.bound
+
+    def __str__(self) -> str:
+        error = f"relative error {self.error:.2g}, bound {self.bound:.2g}"
+        return f"{self.reference} <-> {self.module} ({self.side}, {error})"
 
 
 @dataclass
@@ -96,10 +100,22 @@ def first(compared: Iterable[Compared]) -> Compared | None:
 def line(compared: Sequence[Compared]) -> str:
     """What is printed of the search."""
     found = first(compared)
-    if found is None:
-        return f"First divergence: none in {len(compared)} tensors"
-    error = f"relative error {found.error:.2g}, bound {found.bound:.2g}"
-    return f"First divergence: {found.reference} <-> {found.module} ({found.side}, {error})"
+    return f"First divergence: {found or f'none in {len(compared)} tensors'}"
+
+
+def lines(compared: Sequence[Compared], every: bool) -> Iterator[str]:
+    """What is printed of a search; every: a line for each pair of tensors before."""
+    for each in compared if every else ():
+        yield f"{'differs' if each.differs else 'equal'}: {each}"
+    if compared:
+        yield line(compared)
+
+
+def as_json(compared: Sequence[Compared]) -> dict[str, Any]:
+    """The search as `--json` tells it."""
+    found = first(compared)
+    table = None if found is None else {**asdict(found), "error": plain(found.error), "bound": plain(found.bound)}
+    return {"tensors": len(compared), "first_divergence": table}
 
 
 def read_log(path: Path) -> list[Record]:

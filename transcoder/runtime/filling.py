@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product as combinations
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,23 @@ import torch
 from isal.isal_zlib import crc32
 
 from transcoder.errors import Problem, refuse
-from transcoder.formats.safetensors import open_regular
 from transcoder.moves import Copy, strides
+from transcoder.paths import open_regular
 from transcoder.runtime.shards import Shard
 from transcoder.spec import Chunk, DType
 
 BAND = 4 << 20  # bytes of the buffer
 ROW = 512  # bytes: shorter rows are read with what lies between them
 LONG = 64 << 10  # bytes: shorter rows without gaps are read together
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a load did: elements of this rank, bytes that were read, tensors of the source that the model leaves out."""
+
+    parameters: int
+    bytes_read: int
+    left_out: tuple[str, ...] = ()
 
 
 class Reader:

@@ -16,26 +16,28 @@ from transcoder.engine import Payloads, sent
 from transcoder.importing import ImportPlan, plan_import
 from transcoder.mesh import Mesh
 from transcoder.planner import HfTensor
-from transcoder.runtime.filling import Reader
+from transcoder.runtime.filling import Filled, Reader
 from transcoder.runtime.matching import matched
+from transcoder.runtime.omitted import optional_parts, sources_of
 from transcoder.runtime.shards import Shard, Target, check_whole, on_gpu, shards_of
 from transcoder.spec import Chunk, DType, TensorSpec
 
 
-def fill_from_hf(chunks: Sequence[Any], path: Path, follow_links: bool) -> tuple[int, int]:
-    """Elements filled and bytes read."""
+def fill_from_hf(chunks: Sequence[Any], path: Path, follow_links: bool) -> Filled:
+    """Read this rank's part."""
     shards = shards_of(chunks, None)
     count = check_whole(chunks, shards)
     rows = next((shard.shape[0] for shard in shards if shard.flexible), 1)
     layout = dialect_of(shard.key for shard in shards)
     plan = plan_import(path, Mesh(), layout=layout, divisor=rows, follow_links=follow_links)
     shapes = {key: tensor.shape for key, tensor in plan.model.mcore.items()}
-    filling = _HfFilling(plan, matched(chunks, shards, shapes, plan.model.sizes["vocab"]), follow_links)
+    targets, left_out = matched(chunks, shards, shapes, plan.model.sizes["vocab"], optional_parts(plan))
+    filling = _HfFilling(plan, targets, follow_links)
     try:
         filling.run()
     finally:
         filling.reader.close()
-    return count, filling.reader.bytes_read
+    return Filled(count, filling.reader.bytes_read, tuple(sources_of(plan, left_out)))
 
 
 class _HfFilling:

@@ -14,20 +14,22 @@ from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.hfconfig import normalise
 from transcoder.iterations import find_iteration
 from transcoder.moves import Copy, fuse, strides
-from transcoder.runtime.filling import Reader
+from transcoder.runtime.filling import Filled, Reader
 from transcoder.runtime.matching import matched, unwrapped
 from transcoder.runtime.model import config_of
+from transcoder.runtime.omitted import optional_keys
 from transcoder.runtime.shards import Target, check_whole, on_gpu, shards_of
 from transcoder.spec import Box, Chunk, DType, box_shape
 
 
-def fill_from_megatron(chunks: Sequence[Any], path: Path, hf_model: Path | None, verify: bool) -> tuple[int, int]:
-    """Elements filled and bytes read."""
+def fill_from_megatron(chunks: Sequence[Any], path: Path, hf_model: Path | None, verify: bool) -> Filled:
+    """Read this rank's part."""
     store = open_torch_dist(find_iteration(path))
     shards = shards_of(chunks, CONTENT[dialect_of(store.tensors)])
     count = check_whole(chunks, shards)
     shapes = {key: shape for key, (_, shape, _) in store.tensors.items()}
-    targets = matched(chunks, shards, shapes, _vocabulary(chunks, path, hf_model))
+    optional = optional_keys(shapes, dialect_of(shapes))
+    targets, left_out = matched(chunks, shards, shapes, _vocabulary(chunks, path, hf_model), optional)
     touched = _touched(targets, store)
     reader = Reader(store.path, False, on_gpu(shards))
     try:
@@ -38,7 +40,7 @@ def fill_from_megatron(chunks: Sequence[Any], path: Path, hf_model: Path | None,
             _fill_stored(target, dtype, found, reader)
     finally:
         reader.close()
-    return count, reader.bytes_read
+    return Filled(count, reader.bytes_read, tuple(sorted(left_out)))
 
 
 def _vocabulary(chunks: Sequence[Any], path: Path, hf_model: Path | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from transcoder.runtime.session import (
     context_of,
     last_stage,
     open_model,
+    ran,
     speaks,
     vocabulary_of,
 )
 from transcoder.runtime.vision import merge_size, token_count
+from transcoder.runtime.voice import Voice
 
 SHOWN_STEPS = 5
 TOP = 5
@@ -143,9 +146,9 @@ def final_lines(request: Request, generated: str) -> Iterator[str]:
 class Printer:
     """The voice of the rank that prints; all others have a silent one."""
 
-    def __init__(self, tokenizer: Any, request: Request, verbose: bool) -> None:
+    def __init__(self, tokenizer: Any, request: Request, verbose: bool, streams: bool = True) -> None:
         self.tokenizer, self.request, self.verbose = tokenizer, request, verbose
-        self.pieces = text.Pieces(tokenizer) if sys.stdout.isatty() and not verbose else None
+        self.pieces = text.Pieces(tokenizer) if streams and sys.stdout.isatty() and not verbose else None
         self.ids = list(request.ids)
         self.streamed = False
 
@@ -192,26 +195,42 @@ def answer(
     yield from greedy(conversation, habits, limit)
 
 
-def run(asked: Asked, hf_model: str | None, megatron: str | None, mesh: Mesh, options: Mapping[str, Any]) -> int:
-    """Build, load, answer every prompt, print. options: dtype, device and exact."""
+def run(
+    asked: Asked, hf_model: str | None, megatron: str | None, mesh: Mesh, options: Mapping[str, Any], voice: Voice
+) -> int:
+    """Build, load, answer every prompt, tell. options: dtype, device and exact."""
+    started, warnings = time.monotonic(), list[str]()
     folder, weights = locate(hf_model, megatron)
     config = read_config(folder)
     dtype = choose_dtype(config, options["dtype"], options["device"], options["exact"])
     tokenizer = text.load_tokenizer(folder)
     requests = make_requests(asked, folder, config, tokenizer) if place().rank == 0 else []
-    model = open_model(config, Chosen(folder, weights, mesh, dtype, options["device"], options["exact"]))
+    chosen = Chosen(folder, weights, mesh, dtype, options["device"], options["exact"])
+    model = open_model(config, chosen, warnings.extend)
     requests, habits = shared((requests, text.read_habits(folder, config)))
-    loud = speaks()
-    for line in warnings_of(asked, requests, context_of(config)) if loud else ():
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+    loud, answers = speaks(), list[dict[str, Any]]()
+    warnings += warnings_of(asked, requests, context_of(config))
+    voice.warn(warnings if loud else ())
     for request in requests:
-        printer = Printer(tokenizer, request, asked.verbose) if loud else None
+        printer = Printer(tokenizer, request, asked.verbose, voice.progress) if loud and voice.speaks else None
+        tokens = []
         for step in answer(model, config, request, habits, asked):
+            tokens.append(step.token)
             if printer:
                 printer.step(step)
         if printer:
             printer.end()
+        answers.append(as_json(request, tokens, tokenizer))
+    if loud:
+        voice.tell(ran(config, chosen, started, warnings) | {"answers": answers})
     return 0
+
+
+def as_json(request: Request, tokens: list[int], tokenizer: Any) -> dict[str, Any]:
+    """An answer as `--json` tells it; the text has prompt and special tokens, as the printed one."""
+    whole = text.decode(tokenizer, [*request.ids, *tokens])
+    table = {"prompt": request.prompt, "images": list(request.images), "text": whole}
+    return {**table, "prompt_tokens": list(request.ids), "tokens": tokens}
 
 
 def locate(hf_model: str | None, megatron: str | None) -> tuple[Path, Path]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from transcoder.runtime.pairing import Part, Parts, global_name
@@ -53,8 +54,7 @@ class Recorder:
         self._handles: list[Any] = []
         for name, module in model.named_modules():
             if name:
-                spelled = self.named(name)
-                before, after = self._before(spelled), self._after(spelled)
+                before, after = self._before(self.named(name)), self._after(name)
                 self._handles += [
                     module.register_forward_pre_hook(before, with_kwargs=True),
                     module.register_forward_hook(after, with_kwargs=True),
@@ -75,10 +75,18 @@ class Recorder:
         if not self.gradients:
             return
         for name, module in self.model.named_modules():
-            found = {key: each.grad for key, each in module.named_parameters(recurse=False) if each.grad is not None}
+            gradients = {key: each.grad for key, each in module.named_parameters(recurse=False)}
+            found = {key: self.complete(name, each) for key, each in gradients.items() if each is not None}
             if found:
-                record = {"model": self.kind, "module": self.named(name), "type": type(module).__name__}
-                self.backward.append({**record, "weight_gradients": _described(found)})
+                self.backward.append({**self._head(name, module), "weight_gradients": _described(found)})
+
+    def complete(self, name: str, gradient: Any) -> Any:
+        """A weight's gradient, of which a process may have a part."""
+        return gradient
+
+    def _head(self, name: str, module: Any) -> Record:
+        head = {"model": self.kind, "module": self.named(name), "type": type(module).__name__}
+        return head | self.place()
 
     def _before(self, name: str) -> Any:
         def note(module: Any, positional: Any, keywords: Any) -> None:
@@ -93,21 +101,19 @@ class Recorder:
             inputs, parts = self._taken.pop(id(module), ([], []))
             weights = dict(module.named_parameters(recurse=False))
             self.records.append(
-                {"model": self.kind, "module": name, "type": type(module).__name__}
-                | self.place()
+                self._head(name, module)
                 | {"inputs": inputs, "outputs": _described(outputs), "weights": _described(weights)}
-                | {"parts": parts + self.shared(name, "output", outputs)}
+                | {"parts": parts + self.shared(self.named(name), "output", outputs)}
             )
             if self.gradients:
-                self._follow(name, module, outputs)
+                self._follow(self._head(name, module), outputs)
 
         return note
 
-    def _follow(self, name: str, module: Any, outputs: Any) -> None:
+    def _follow(self, head: Record, outputs: Any) -> None:
         tensor = _first(outputs)
         if tensor is not None and tensor.requires_grad:
-            record = {"model": self.kind, "module": name, "type": type(module).__name__}
-            tensor.register_hook(lambda grad: self.backward.append({**record, "output_gradients": _described(grad)}))
+            tensor.register_hook(lambda grad: self.backward.append({**head, "output_gradients": _described(grad)}))
 
     def place(self) -> Record:
         """The layout of hidden states, and where this process stands in a model that is cut."""
@@ -167,6 +173,23 @@ class MegatronRecorder(Recorder):
         """Tensor- and pipeline-parallel rank."""
         place = {"tp": mpu.get_tensor_model_parallel_rank(), "pp": mpu.get_pipeline_model_parallel_rank()}
         return {"place": place, "layout": "[s, b, h]"}
+
+    def complete(self, name: str, gradient: Any) -> Any:
+        """The sum over the ranks that have a part of it."""
+        group = self._sharing(name)
+        if group is not None and dist.get_world_size(group) > 1:
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=group)
+        return gradient
+
+    def _sharing(self, name: str) -> Any:
+        """The ranks that use one weight for different things: norms of heads, and words that go in and come out."""
+        if name.endswith(("q_layernorm", "k_layernorm")):
+            return mpu.get_tensor_model_parallel_group()
+        tied = getattr(self.model, "share_embeddings_and_output_weights", False)
+        if tied and name in ("embedding.word_embeddings", "output_layer"):
+            return mpu.get_embedding_group()
+        return None
 
     def shared(self, name: str, side: str, values: Any) -> list[Record]:
         """What the recipe pairs; core attention's output is the next layer's input."""

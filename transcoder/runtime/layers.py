@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn import functional
@@ -81,8 +84,9 @@ class WideNorm(HFNorm):
         width_here = hidden.shape[2] * hidden.shape[3]
         copies = size * width_here // width  # ranks with the same heads, when there are fewer groups than ranks
         total = wide.pow(2).sum((2, 3), keepdim=True)
-        if size > 1:
-            dist.all_reduce(total, group=mpu.get_tensor_model_parallel_group())
+        if size > 1:  # every rank's result depends on the sum: its gradient is the sum of theirs
+            total = reduce_from_tensor_model_parallel_region(total.contiguous())
+            total = copy_to_tensor_model_parallel_region(total)
         wide = wide * torch.rsqrt(total / (copies * width) + self.eps)
         start = rank // copies * width_here
         weight = self.weight[start : start + width_here].view(hidden.shape[2:])
@@ -114,6 +118,10 @@ class HFRouter(TopKRouter):  # type: ignore[misc]
 class HFColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     """Column-parallel linear layer that rounds once, after the bias."""
 
-    def _forward_impl(self, input: Any, weight: Any, *_args: Any, bias: Any = None, **_kwargs: Any) -> Any:
-        """x W' + b in one step."""
+    def _forward_impl(
+        self, input: Any, weight: Any, *_args: Any, bias: Any = None, allreduce_dgrad: bool = False, **_kwargs: Any
+    ) -> Any:
+        """x W' + b in one step; the input's gradient is the sum over the ranks, which have different columns of W'."""
+        if allreduce_dgrad and torch.is_grad_enabled():
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
         return functional.linear(input, weight, bias)

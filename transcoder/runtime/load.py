@@ -14,6 +14,7 @@ from transcoder.checking import is_hf
 from transcoder.errors import PathLike
 from transcoder.runtime.from_hf import fill_from_hf
 from transcoder.runtime.from_megatron import fill_from_megatron
+from transcoder.runtime.omitted import remarks
 
 
 def load(
@@ -24,7 +25,11 @@ def load(
     verify: bool = False,
     follow_links: bool = False,
 ) -> dict[str, Any]:
-    """Fill a live model of this rank in place. Returns `bytes_read`, `parameters` (elements of this rank), `seconds`.
+    """Fill a live model of this rank in place.
+
+    Returns `bytes_read`, `parameters` (elements of this rank), `seconds`, and what this rank's stage could have taken
+    and did not: `left_out`, the names of tensors, and `warnings`, which say so. Layers of multi-token prediction may
+    be left out as a whole, and nothing else.
 
     model: what megatron-core builds, or a list of its chunks, wrapped for training or not; every layer spec and grid.
     path: a Hugging Face directory (quantised weights are decoded) or a torch_dist checkpoint in any key dialect.
@@ -36,8 +41,9 @@ def load(
     started = time.monotonic()
     chunks = list(model) if isinstance(model, list | tuple) else [model]
     if is_hf(Path(path)):
-        count, nbytes = fill_from_hf(chunks, Path(path), follow_links)
+        done = fill_from_hf(chunks, Path(path), follow_links)
     else:
         reference = Path(hf_model) if hf_model else None
-        count, nbytes = fill_from_megatron(chunks, Path(path), reference, verify)
-    return {"bytes_read": nbytes, "parameters": count, "seconds": time.monotonic() - started}
+        done = fill_from_megatron(chunks, Path(path), reference, verify)
+    told = {"left_out": list(done.left_out), "warnings": remarks(done.left_out)}
+    return {"bytes_read": done.bytes_read, "parameters": done.parameters, "seconds": time.monotonic() - started, **told}

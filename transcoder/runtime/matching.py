@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from transcoder.errors import Problem, refuse
@@ -12,9 +12,14 @@ from transcoder.runtime.shards import Shard, Target
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def matched(chunks: Sequence[Any], shards: Sequence[Shard], stored: Shapes, vocabulary: int) -> list[Target]:
-    """Every shard with the box of the stored tensor that it is. Raises InputError listing whatever does not fit."""
-    targets, problems = [], []
+def matched(
+    chunks: Sequence[Any], shards: Sequence[Shard], stored: Shapes, vocabulary: int, optional: Collection[str] = ()
+) -> tuple[list[Target], list[str]]:
+    """Every shard with the box of the stored tensor that it is, and the stored tensors of this stage that are left out.
+
+    optional: what a model may leave out as a whole. Raises InputError listing whatever does not fit.
+    """
+    targets, problems, left_out = list[Target](), [], []
     for shard in shards:
         found = stored_as(shard.key, stored)
         if found is None:
@@ -26,12 +31,16 @@ def matched(chunks: Sequence[Any], shards: Sequence[Shard], stored: Shapes, voca
             problems.append(problem)
     models, used = unwrapped(chunks), {target.key for target in targets}
     first, last = (any(getattr(part, name, True) for part in models) for name in ("pre_process", "post_process"))
+    whole = not used.intersection(optional)
     for key in unused(used, stored, [shard.key for shard in shards], first, last):
+        if whole and key in optional:
+            left_out.append(key)
+            continue
         problems.append(Problem(tensor=key, expected="no such tensor in this model", found=_text(stored[key])))
     if problems:
         distinct = list(dict.fromkeys(problems))
         raise refuse("tensors", f"{len(distinct)} tensors of the model and the source do not fit", distinct)
-    return targets
+    return targets, left_out
 
 
 def _text(shape: Sequence[int]) -> str:

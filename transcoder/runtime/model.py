@@ -5,16 +5,18 @@
     logits = stage_forward(model, prompt, cache=cache, last_only=True)       # [1, 1, vocabulary] on the last stage
     logits = stage_forward(model, next_token, cache=cache)                   # [1, 1, vocabulary], one position more
 
-Every rank makes the same calls with tokens of the same shape. megatron-core's own static cache keeps keys before the
-rotation and rotates all of them again at every step; ours keeps them rotated, as transformers does.
+Every rank makes the same calls with tokens of the same shape. On one GPU a dense model's steps of one token are CUDA
+graphs from the second on, and hooks on its modules are not called there. megatron-core's own static cache keeps keys
+before the rotation and rotates all of them again at every step; ours keeps them rotated, as transformers does.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from transcoder.errors import PathLike, UsageError
-from transcoder.hfconfig import normalise, read_config
+from transcoder.hfconfig import read_config
 from transcoder.mesh import Mesh
 from transcoder.runtime.device import init_parallel, install_cuda_shim
 
@@ -31,7 +33,10 @@ install_cuda_shim()
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
-from transcoder.runtime.config import check_grid, is_multimodal, transformer_config  # noqa: E402
+from transcoder.runtime.cache import KVCache  # noqa: E402
+from transcoder.runtime.config import check_grid, is_multimodal, model_arguments, transformer_config  # noqa: E402
+from transcoder.runtime.decoding import Recorded, recordable  # noqa: E402
+from transcoder.runtime.fields import stored_model  # noqa: E402
 from transcoder.runtime.rotary import MultimodalRotary, Rotary, rotary  # noqa: E402
 from transcoder.runtime.specs import local_layers  # noqa: E402
 
@@ -53,29 +58,27 @@ def cast_parameters(model: Any, dtype: Any) -> None:
 
 def _construct(config: dict[str, Any], mcore: Any, layers: Any, tp: int) -> Any:
     """The stage of this rank, still without weights."""
-    vocab = int(config["vocab_size"])
-    return Stage(
+    arguments = model_arguments(config)
+    vocab = int(arguments.pop("vocab_size"))
+    model = Stage(
         mcore,
         layers,
         vocab_size=-(-vocab // tp) * tp,
-        max_sequence_length=int(config.get("max_position_embeddings") or 2048),
         pre_process=mpu.is_pipeline_first_stage(),
         post_process=mpu.is_pipeline_last_stage(),
         parallel_output=False,
-        share_embeddings_and_output_weights=bool(config["tie_word_embeddings"]),
-        position_embedding_type="mrope" if is_multimodal(config) else "rope",
+        **arguments,
     )
+    model.real_vocab = vocab
+    return model
 
 
-def _set_rotary(model: Any, config: dict[str, Any], device: str) -> None:
-    """Give the model our frequencies; megatron takes the factor from an attribute of its configuration."""
-    inv_freq, factor = rotary(config)
+def _set_factor(mcore: Any, factor: float) -> None:
+    """Give megatron the factor on cos and sin: it takes it from an attribute that not every configuration has."""
     if factor < 1.0:
         raise ValueError(f"a rotary attention factor below 1 ({factor}) is not supported")
     if factor != 1.0:
-        model.config.yarn_rotary_scaling_factor = math.exp((factor - 1.0) / 0.1)
-    kind = MultimodalRotary if is_multimodal(config) else Rotary
-    model.rotary_pos_emb = kind(inv_freq.to(device))
+        mcore.yarn_rotary_scaling_factor = math.exp((factor - 1.0) / 0.1)
 
 
 def build_model(
@@ -91,16 +94,15 @@ def build_model(
     """
     if isinstance(layer_spec, str) and layer_spec != "local":
         raise ValueError(f"unknown layer spec {layer_spec!r}")
-    values = normalise(config)
     processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    check_grid(values, mesh, processes)
+    check_grid(config, mesh, processes)
     init_parallel(mesh)
-    mcore = transformer_config(values, mesh, dtype)
+    mcore, (inv_freq, factor) = transformer_config(config, mesh, dtype), rotary(config)
+    _set_factor(mcore, factor)  # before its layers are made, some versions of which keep it
     with torch.device(device):
         layers = local_layers(mcore) if isinstance(layer_spec, str) else layer_spec(mcore)
-        model = _construct(values, mcore, layers, mesh.tp)
-    model.real_vocab = int(values["vocab_size"])
-    _set_rotary(model, values, device)
+        model = _construct(config, mcore, layers, mesh.tp)
+    model.rotary_pos_emb = (MultimodalRotary if is_multimodal(config) else Rotary)(inv_freq.to(device))
     cast_parameters(model, mcore.params_dtype)
     return model.eval()
 
@@ -131,8 +133,18 @@ def build(
 
 
 def config_of(path: PathLike, hf_model: PathLike | None = None) -> dict[str, Any]:
-    """The parsed config.json of a Hugging Face directory, or of the one that a Megatron checkpoint carries."""
-    return read_config(reference_of(path, hf_model))
+    """The parsed config.json of a Hugging Face directory, or of the one that a Megatron checkpoint carries.
+
+    Of a checkpoint without one its own configuration, in Megatron's names.
+    """
+    from transcoder.iterations import find_iteration
+
+    reference = reference_of(path, hf_model)
+    if hf_model is None and not (reference / "config.json").is_file():
+        folder = find_iteration(Path(path))
+        if (folder / ".metadata").is_file():
+            return stored_model(folder)
+    return read_config(reference)
 
 
 def reference_of(path: PathLike, hf_model: PathLike | None = None) -> Path:
@@ -147,58 +159,6 @@ def reference_of(path: PathLike, hf_model: PathLike | None = None) -> Path:
     return next((place for place in places if (place / "config.json").is_file()), given)
 
 
-class KVCache:
-    """Rotated keys and values of every layer of this stage, for `batch` sequences of at most `length` tokens.
-
-    `used` counts the tokens that it holds; `stage_forward` adds those that it is given. `reset` empties it.
-    """
-
-    def __init__(self, model: Any, batch: int, length: int) -> None:
-        self.length, self.used = length, 0
-        self._batch, self._model = batch, model
-        self._memory: dict[int, tuple[Any, Any]] = {}
-
-    def reset(self) -> None:
-        """Forget every token; the memory is kept."""
-        self.used = 0
-
-    def _layer(self, number: int, like: Any) -> tuple[Any, Any]:
-        """Memory of a layer, [batch, heads, length, size] each, made when first needed."""
-        if number not in self._memory:
-            shape = (self._batch, like.shape[2], self.length, like.shape[3])
-            self._memory[number] = like.new_empty(shape), like.new_empty(shape)
-        return self._memory[number]
-
-    def extended(self, number: int, key: Any, value: Any) -> tuple[Any, Any]:
-        """Store keys and values [s, b, heads, size] behind those of a layer; all of them, in the same layout."""
-        last = self.used + key.shape[0]
-        found = []
-        for memory, new in zip(self._layer(number, key), (key, value), strict=True):
-            memory[:, :, self.used : last] = new.permute(1, 2, 0, 3)
-            found.append(memory[:, :, :last].permute(2, 0, 1, 3))
-        return found[0], found[1]
-
-    @contextmanager
-    def attached(self, count: int) -> Iterator[None]:
-        """Let the model's attention see what is cached during one forward of `count` tokens. Raises UsageError."""
-        if self.used + count > self.length:
-            message = f"{self.used} + {count} tokens do not fit a cache of {self.length}"
-            raise UsageError(message, kind="length")
-        with ExitStack() as stack:
-            for layer in self._model.decoder.layers:
-                hook = layer.self_attention.core_attention.register_forward_pre_hook(self._hook(layer.layer_number))
-                stack.callback(hook.remove)
-            yield
-        self.used += count
-
-    def _hook(self, number: int) -> Callable[[Any, Any], Any]:
-        def replaced(_module: Any, inputs: Any) -> Any:
-            query, key, value, *rest = inputs
-            return (query, *self.extended(number, key, value), *rest)
-
-        return replaced
-
-
 def _receive(model: Any, tokens: Any) -> None:
     """Take the hidden states of the stage before."""
     shape = (tokens.shape[1], tokens.shape[0], model.config.hidden_size)
@@ -211,10 +171,23 @@ def _positions(model: Any, tokens: Any, positions: Any, first: int) -> Any:
     """Positions [b or 1, s], with three rows in front for a multimodal model."""
     if positions is None:
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
-    if model.position_embedding_type == "mrope":
-        return positions if positions.dim() == 3 else positions.expand(3, *positions.shape)
-    model.rotary_pos_emb.positions = positions
+    if model.position_embedding_type == "mrope" and positions.dim() == 2:
+        return positions.expand(3, *positions.shape)
     return positions
+
+
+def _forward(model: Any, tokens: Any, positions: Any, embeddings: Any = None) -> Any:
+    """One forward of the stage, what it attends to aside."""
+    if model.position_embedding_type != "mrope":
+        model.rotary_pos_emb.positions = positions
+    return model(tokens, positions, None, decoder_input=embeddings)
+
+
+def _recorded(model: Any, cache: KVCache, tokens: Any, positions: Any) -> Any:
+    """A step on a GPU after the first, which has warmed its libraries up: one recorded forward, again and again."""
+    if cache.recorded is None:
+        cache.recorded = Recorded(model, partial(_forward, model), tokens, positions)
+    return cache.recorded.step(cache, tokens, positions)[..., : model.real_vocab]
 
 
 def _only_last(_module: Any, inputs: Any) -> Any:
@@ -239,6 +212,10 @@ def stage_forward(
     alone, [b, 1, vocabulary]. The other stages return None. Raises UsageError when the cache is full.
     """
     placed = _positions(model, tokens, positions, cache.used if cache else 0)
+    if cache is not None and embeddings is None and recordable(model, tokens):
+        if cache.warm:
+            return _recorded(model, cache, tokens, placed)
+        cache.warm = True
     with ExitStack() as stack:
         if cache is not None:
             stack.enter_context(cache.attached(tokens.shape[1]))
@@ -246,7 +223,7 @@ def stage_forward(
             stack.callback(model.output_layer.register_forward_pre_hook(_only_last).remove)
         if not model.pre_process:
             _receive(model, tokens)
-        out = model(tokens, placed, None, decoder_input=embeddings if model.pre_process else None)
+        out = _forward(model, tokens, placed, embeddings if model.pre_process else None)
     if model.post_process:
         return out[..., : model.real_vocab]
     dist.send(out.contiguous(), mpu.get_pipeline_model_parallel_next_rank())

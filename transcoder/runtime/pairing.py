@@ -24,6 +24,7 @@ from transcoder.mesh import Mesh
 from transcoder.moves import Copy
 from transcoder.planner import HfTensor
 from transcoder.runtime.matching import matched
+from transcoder.runtime.omitted import optional_parts
 from transcoder.runtime.shards import Target, shards_of
 from transcoder.spec import DTYPES, Box, Chunk, TensorSpec
 
@@ -96,7 +97,7 @@ def _targets(model: Any, folder: Path) -> tuple[ImportPlan, list[Target]]:
     divisor = next((shard.shape[0] for shard in shards if shard.flexible), 1)
     plan = plan_import(folder, Mesh(), layout=dialect_of(shard.key for shard in shards), divisor=divisor)
     shapes = {key: tensor.shape for key, tensor in plan.model.mcore.items()}
-    found = matched([model], shards, shapes, plan.model.sizes["vocab"])
+    found, _ = matched([model], shards, shapes, plan.model.sizes["vocab"], optional_parts(plan))
     return plan, [target for target in found if target.key.endswith("weight")]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,10 +21,14 @@ import click
 
 from transcoder.console import REPORT_US
 from transcoder.errors import OutputError, TranscoderError, UsageError
+from transcoder.runtime.voice import Voice
 
+PATIENCE = timedelta(days=7)
 STORE_TIMEOUT = timedelta(seconds=5)
 LOST = ("connection closed by peer", "connection reset by peer", "nccl", "gloo", "broken pipe", "socket")
 NEEDS = "install the runtime: pip install 'megatron-transcoder[runtime]'"
+
+_rooms: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,33 @@ def choose_device(wanted: str | None) -> str:
     return "cuda" if count else "cpu"
 
 
-def shared(value: Any) -> Any:
-    """The first process's value, on every process."""
-    import torch
+def waiting_room() -> Any:
+    """A group of all processes in which some may wait while another works for hours; every process asks together.
+
+    The time-outs of ordinary groups would end the job. A process that is lost still ends the waiting at once: its
+    connections close.
+    """
+    import torch.distributed as dist
+
+    if _rooms.get("world") is not dist.group.WORLD:
+        _rooms.update(world=dist.group.WORLD, room=dist.new_group(backend="gloo", timeout=PATIENCE))
+    return _rooms["room"]
+
+
+def exchanged(value: Any) -> list[Any]:
+    """The values of all processes in the order of their ranks, however late one comes."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0, device=torch.device("cuda") if dist.get_backend() == "nccl" else None)
-    return box[0]
+        return [value]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value, group=waiting_room())
+    return parts
+
+
+def shared(value: Any) -> Any:
+    """The first process's value, on every process."""
+    return exchanged(value)[0]
 
 
 def _is_first_to_fail() -> bool:
@@ -93,6 +113,8 @@ def _told(error: BaseException) -> tuple[str, int]:
     """What to say about an exception, and the exit status."""
     if isinstance(error, TranscoderError):
         return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; {NEEDS}", OutputError.exit_code
     if isinstance(error, OSError):
@@ -102,26 +124,25 @@ def _told(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {error}; {REPORT_US}", TranscoderError.exit_code
 
 
-def fail(error: BaseException, debug: bool = False) -> int:
+def fail(error: BaseException, voice: Voice) -> int:
     """Tell a failure once a job. Returns the exit status."""
     text, status = _told(error)
     if _is_first_to_fail():
-        if debug:
-            traceback.print_exception(error)
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        voice.refuse(error, text, status)
+        sys.stderr.flush()
     return status
 
 
-def guarded(work: Callable[[], int], debug: bool = False) -> int:
+def guarded(work: Callable[[], int], voice: Voice) -> int:
     """Do the work. Returns the exit status; a job's process that fails does not come back."""
     try:
         status = work()
         _part()
         return status
-    except KeyboardInterrupt:
-        status = 130
+    except KeyboardInterrupt as error:
+        status = fail(error, voice) if voice.as_json else 130
     except Exception as error:
-        status = fail(error, debug)
+        status = fail(error, voice)
     if place().world > 1:
         with suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -162,5 +183,6 @@ def enter(command: click.Command) -> NoReturn:
     except click.exceptions.Exit as stop:
         status = stop.exit_code
     except click.ClickException as error:
-        status = fail(UsageError(error.format_message(), kind="usage"))
+        voice = Voice(command.name or "", "--json" in sys.argv)
+        status = fail(UsageError(error.format_message(), kind="usage"), voice)
     sys.exit(status or 0)

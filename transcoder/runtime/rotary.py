@@ -8,35 +8,59 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 
 from transcoder.errors import Problem, refuse
-from transcoder.runtime.config import head_size
+from transcoder.hfconfig import normalise
+from transcoder.runtime.fields import Fields, fields_of, is_megatron
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the frequencies of all others change with the length
+PLAIN = {"architectures": ["LlamaForCausalLM"]}  # settings alone, without a class, mean the same in any
+
+
+def _fields(config: dict[str, Any]) -> Fields:
+    return fields_of(config if is_megatron(config) else PLAIN | config, whole=False)
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     """One spelling of the rotary settings: always with `rope_type` and `rope_theta`. Raises InputError."""
-    raw = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    fields = _fields(config)
+    raw = _stored(fields) if is_megatron(config) else _spelled(normalise(config))
     kind = raw.pop("type", None) or "default"
     if raw.get("rope_type") in (None, "mrope"):
         raw["rope_type"] = kind
     if raw["rope_type"] == "mrope":  # positions with three rows say nothing about frequencies
         raw["rope_type"] = "default"
-    raw["rope_theta"] = float(raw.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    raw["rope_theta"] = float(fields["rotary_base"])
     if raw["rope_type"] not in ROPE_TYPES:
         problem = Problem(file="config.json", expected=", ".join(ROPE_TYPES), found=f"rope_type {raw['rope_type']!r}")
         raise refuse("rope", "the runtime does not know this rotary embedding", [problem])
     return raw
 
 
-def _scaled_rope(config: dict[str, Any], rope: dict[str, Any]) -> tuple[Any, float]:
+def _spelled(values: dict[str, Any]) -> dict[str, Any]:
+    return dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+
+
+def _stored(fields: Fields) -> dict[str, Any]:
+    """The settings that fields of Megatron's mean."""
+    if fields.get("rope_scaling"):
+        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        return {"rope_type": "llama3", "factor": fields.get("rope_scaling_factor") or 8.0, **fixed}
+    if factor := fields.get("seq_len_interpolation_factor"):
+        return {"rope_type": "linear", "factor": factor}
+    if fields["position_embedding_type"] != "yarn":
+        return {}
+    names = ("original_max_position_embeddings", "beta_fast", "beta_slow")
+    found = {name: fields[f"yarn_{name}"] for name in names if f"yarn_{name}" in fields}
+    whole = fields.get("yarn_correction_range_round_to_int", True)
+    return {"rope_type": "yarn", "factor": fields["yarn_rotary_scaling_factor"], "truncate": whole, **found}
+
+
+def _scaled_rope(size: int, length: int, rope: dict[str, Any]) -> tuple[Any, float]:
     """Frequencies and factor as transformers computes them; they depend on a few fields that every family has."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    shape = {name: config[name] for name in ("hidden_size", "num_attention_heads")}
-    spelled = LlamaConfig(
-        **shape, head_dim=head_size(config), max_position_embeddings=config.get("max_position_embeddings") or 2048
-    )
+    spelled = LlamaConfig(head_dim=size, max_position_embeddings=length)
+    rope = rope | {"partial_rotary_factor": 1.0}  # of the size that is left
     spelled.rope_theta, spelled.rope_scaling, spelled.rope_parameters = rope["rope_theta"], rope, rope
     inv_freq, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](spelled, "cpu")
     return inv_freq.float(), float(factor)
@@ -44,10 +68,11 @@ def _scaled_rope(config: dict[str, Any], rope: dict[str, Any]) -> tuple[Any, flo
 
 def rotary(config: dict[str, Any]) -> tuple[Any, float]:
     """Inverse frequencies (float32) and the factor on cos and sin."""
-    rope = rope_settings(config)
+    rope, fields = rope_settings(config), _fields(config)
+    head = fields.get("qk_pos_emb_head_dim") or fields["kv_channels"]
+    size = head if "qk_pos_emb_head_dim" in fields else int(head * fields.get("rotary_percent", 1.0))
     if rope["rope_type"] != "default":
-        return _scaled_rope(config, rope)
-    size = head_size(config)
+        return _scaled_rope(size, fields["seq_length"], rope)
     exponents = torch.arange(0, size, 2, dtype=torch.int64).to(torch.float32) / size
     return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 

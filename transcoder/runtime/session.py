@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from megatron.core import parallel_state as mpu
 
 from transcoder.errors import UsageError
 from transcoder.mesh import Mesh
+from transcoder.reports import costs
 from transcoder.runtime.arithmetic import make_exact, make_lean
+from transcoder.runtime.cache import KVCache
 from transcoder.runtime.config import is_multimodal
 from transcoder.runtime.images import Grid
 from transcoder.runtime.load import load
-from transcoder.runtime.model import KVCache, build_model, stage_forward
+from transcoder.runtime.model import build_model, stage_forward
 from transcoder.runtime.vision import Positions, VisionLanguage, image_token, merge_size, rope_positions
 
 FULL_LOGITS = 1 << 26  # elements; of a longer prompt only the last position's are computed
@@ -65,14 +67,17 @@ def choose_dtype(config: Mapping[str, Any], wanted: str | None, device: str, exa
     return next((name for name in names if name in DTYPES), "bfloat16")
 
 
-def open_model(config: dict[str, Any], chosen: Chosen) -> Any:
-    """This rank's stage with its weights, on its device. Raises UsageError and InputError."""
+def open_model(config: dict[str, Any], chosen: Chosen, warn: Callable[[list[str]], object] = lambda lines: None) -> Any:
+    """This rank's stage with its weights, on its device; `warn` is told what they leave out.
+
+    Raises UsageError and InputError.
+    """
     model = build_model(config, chosen.mesh, chosen.dtype, device=chosen.device)
     if chosen.exact:
         _check_exact(model, chosen.mesh)
     if is_multimodal(config):
         model = VisionLanguage(model, config).eval()
-    load(model, chosen.weights, chosen.folder)
+    warn(load(model, chosen.weights, chosen.folder)["warnings"])
     (make_exact if chosen.exact else make_lean)(model)
     return model
 
@@ -82,6 +87,19 @@ def _check_exact(model: Any, mesh: Mesh) -> None:
         raise UsageError("--exact: experts must stay on one rank; leave --ep and --etp at 1", kind="mesh")
     if mesh.tp > 1 and model.config.wide_qk_norm:
         raise UsageError("--exact: this model's query and key norms add over all heads; leave --tp at 1", kind="mesh")
+
+
+def ran(config: Mapping[str, Any], chosen: Chosen, started: float, warnings: list[str]) -> dict[str, Any]:
+    """What `--json` tells of every run."""
+    mesh = chosen.mesh
+    cost = costs(started, 0, 0)
+    return {
+        "architecture": config["architectures"][0],
+        "dtype": chosen.dtype,
+        "parallel": {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp},
+        "warnings": warnings,
+        **{name: cost[name] for name in ("seconds", "peak_memory")},
+    }
 
 
 def last_stage() -> bool:

@@ -1,8 +1,9 @@
-"""megatron-core's local layer spec with our layers in it."""
+"""megatron-core's local layer spec with our layers in it; what its versions spell differently is here alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -34,8 +35,13 @@ def _local_layer(config: Any, experts: int | None) -> Any:
         wide = config.wide_qk_norm
         attention.q_layernorm, attention.k_layernorm = (WideQueryNorm, WideKeyNorm) if wide else (HFNorm, HFNorm)
     if experts:
-        parts.mlp.submodules.router = HFRouter
+        _parts_of(parts.mlp).router = HFRouter
     return layer
+
+
+def _parts_of(spec: Any) -> Any:
+    """The submodules of a ModuleSpec, or of the function that stands in its place from megatron-core 0.18 on."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
 def local_layers(config: Any) -> Any:

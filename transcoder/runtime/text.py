@@ -59,7 +59,7 @@ def chat(tokenizer: Any, prompt: str, images: int = 0) -> str:
 
 def encode(tokenizer: Any, text: str, *, templated: bool, vocabulary: int) -> tuple[int, ...]:
     """Token ids; a template brings its special tokens along. Raises UsageError or InputError."""
-    ids = tuple(tokenizer(text, add_special_tokens=not templated).input_ids)
+    ids = tuple(tokenizer(text, add_special_tokens=not templated, verbose=False).input_ids)  # we tell the length
     if not ids:
         raise UsageError("the prompt is empty: there is nothing to continue", kind="prompt")
     if max(ids) >= vocabulary:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from transcoder.runtime.sketches import plain
+
 FLOAT32 = 1e-4  # of the standard deviation
 SLACK = 1.5
 BLOCK = 64  # positions in float64 at a time
@@ -111,6 +113,18 @@ def narrow_checks(dtype: str, near: Measured, own: Measured, far: Measured) -> l
         Check(f"{dtype}: {name} error in {SLACK:g} of Hugging Face's own", found, SLACK * bound)
         for name, found, bound in (("max", far.largest, own.largest), ("rms", far.rms, own.rms))
     ]
+
+
+def as_json(measured: Measured, checks: list[Check]) -> dict[str, Any]:
+    """The numbers and the conditions as `--json` tells them."""
+    names = ("positions", "largest", "mean", "rms", "std", "cosine", "matches", "undecided")
+    numbers = {name: plain(getattr(measured, name)) for name in names}
+    kl = dict(zip(("max", "mean"), map(plain, measured.kl), strict=True))
+    rows = [
+        {"what": each.what, "found": plain(each.found), "bound": plain(each.bound), "holds": each.holds}
+        for each in checks
+    ]
+    return {**numbers, "kl": kl, "checks": rows}
 
 
 def verdict_lines(checks: list[Check]) -> Iterator[str]:

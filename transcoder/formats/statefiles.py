@@ -1,0 +1,73 @@
+"""What lies beside the plan of a `torch_dist` checkpoint, as plain values: common.pt and metadata.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transcoder.errors import InputError, Problem, refuse
+from transcoder.formats.archive import read_pickle
+from transcoder.formats.pickled import brief
+from transcoder.formats.pickles import Pairs, Record
+from transcoder.hfconfig import read_json
+from transcoder.paths import map_file
+
+BACKENDS: dict[str, object] = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def backend_notes(path: Path) -> Iterator[str]:
+    """Refuse a metadata.json of another format; megatron-core itself needs the file."""
+    if not os.path.lexists(path / "metadata.json"):
+        yield "there is no metadata.json: megatron-core will not load this checkpoint"
+        return
+    table = read_json(path / "metadata.json", 1 << 20)
+    for field, wanted in BACKENDS.items():
+        found = table.get(field, wanted if field != "sharded_backend" else None) if isinstance(table, dict) else table
+        if found != wanted or type(found) is not type(wanted):
+            problem = Problem(file="metadata.json", expected=f"{field} {wanted}", found=f"{found!r:.80}")
+            raise refuse("format", f"{field.replace('_', ' ')} {brief(found)} is not supported", [problem])
+
+
+def dialect_notes(content: object, keys: Iterable[str]) -> Iterator[str]:
+    """Where common.pt asks for keys of another dialect than those that are there: Megatron cannot load that."""
+    fields = content if isinstance(content, dict) else {}
+    layers = [key for key in keys if key.startswith("decoder.layers.")]
+    numbered = [key for key in layers if key.removeprefix("decoder.layers.")[:1].isdigit()]
+    per_layer = bool(fields.get("singleton_local_shards") or fields.get("non_homogeneous_layers"))
+    if layers and fields and per_layer and not numbered:
+        yield "content_metadata of common.pt asks for per-layer keys, the keys are stacked: Megatron cannot load it"
+
+
+def plain(value: object) -> Any:
+    """Inert pickle data as plain values: dictionaries with text keys, namespaces as dictionaries, the rest as it is."""
+    if isinstance(value, Pairs):
+        return {key: plain(item) for key, item in value if isinstance(key, str)}
+    if isinstance(value, Record):
+        return plain(value.state) if value.state is not None else value
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """The plain values of common.pt; {} when the file is absent. Nothing in it is executed. Raises InputError."""
+    if not os.path.lexists(path / "common.pt"):
+        return {}
+    root = read_pickle(map_file(path / "common.pt"), None, "common.pt")
+    if not isinstance(root, Pairs):
+        raise refuse("common", "common.pt does not hold a dictionary", [Problem(file="common.pt", found=brief(root))])
+    try:
+        values = root.as_dict()
+    except InputError as error:
+        raise refuse("common", f"common.pt: {error.args[0]}", [Problem(file="common.pt")]) from error
+    if not isinstance(values.get("content_metadata", Pairs()), Pairs | None):
+        problem = Problem(
+            file="common.pt", expected="content_metadata, a dictionary", found=brief(values["content_metadata"])
+        )
+        raise refuse("common", "common.pt does not say which keys to ask for", [problem])
+    return {key: plain(value) for key, value in values.items()}
