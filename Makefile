@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-generate demo-real check test test-full record wheel
+.PHONY: demo demo-generate demo-real check fuzz test test-full record wheel
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -44,6 +44,12 @@ record: $(VENV)/tests
 # The full matrices against megatron-core.
 test-full: $(VENV)/tests
 	$(BIN)/python -m pytest -m slow
+
+# Every reader under a coverage-guided fuzzer, FUZZ_SECONDS each; what it learns and finds stays in build/fuzz.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/base
+	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 # A wheel holds what the source tree holds, kernels/ and the schema included.
 wheel: $(VENV)/base

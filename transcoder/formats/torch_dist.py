@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from transcoder.errors import Problem, refuse
+from transcoder.errors import Problem, printable, refuse
 from transcoder.formats.archive import read_tensor
 from transcoder.formats.pickles import Global, Pairs, Record, measured
 from transcoder.formats.statefiles import backend_notes, dialect_notes
@@ -88,7 +88,7 @@ class TorchDist:
                 "an item lies beyond the end of its file",
                 [Problem(file=item.file, tensor=key, expected=f"{item.offset + item.length} bytes", found=found)],
             )
-        stored = read_tensor(view[item.offset : item.offset + item.length], f"{item.file}: {key}")
+        stored = read_tensor(view[item.offset : item.offset + item.length], f"{printable(item.file)}: {printable(key)}")
         if (stored.dtype, stored.shape) != (dtype, box_shape(box)):
             expected, found = f"{dtype.name} {list(box_shape(box))}", f"{stored.dtype.name} {list(stored.shape)}"
             raise refuse(
