@@ -61,6 +61,7 @@ BUILDERS = ("dataclasses.py", "collections/__init__.py", "functools.py", "enum.p
 SYSTEM = (
     "/proc/self/",
     "/proc/meminfo",
+    "/proc/sys/kernel/random/boot_id",
     "/proc/mounts",
     "/sys/fs/cgroup",
     "/dev/null",

@@ -15,11 +15,22 @@ from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
 from transcoder.formats.torch_dist_writer import metadata
 from transcoder.identity import TOOL_VERSION
-from transcoder.importing import ImportPlan, is_tokenizer_file
+from transcoder.importing import ImportPlan
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
 from transcoder.kept import NAME as KEPT
 from transcoder.mapped import side_file
 from transcoder.paths import map_file
+
+TOKENIZER_FILES = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
 
 
 def write_side_files(
@@ -55,7 +66,7 @@ def _side_files(plan: ImportPlan) -> dict[str, bytes]:
     for name in plan.source.side_files:
         data = side_file(plan.source.path, name)
         files[f"hf/{name}"] = data
-        if is_tokenizer_file(name):
+        if _is_tokenizer_file(name):
             files[f"tokenizer/{name}"] = data
     return files
 
@@ -124,3 +135,7 @@ def restore_table(source: HfDirectory) -> dict[str, Any]:
     """Header bytes of every shard and the index file, packed."""
     headers = {shard.name: manifest.pack(shard.header) for shard in source.shards}
     return {"headers": headers, "index": manifest.pack(source.index) if source.index is not None else ""}
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    return "/" not in name and name.startswith(TOKENIZER_FILES)

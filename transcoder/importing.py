@@ -33,17 +33,6 @@ if TYPE_CHECKING:
     from transcoder.ledger import Ledger
     from transcoder.work import Work
 
-TOKENIZER_FILES = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
-    "sentencepiece",
-)
-
 
 @dataclass(frozen=True)
 class ImportPlan:
@@ -293,8 +282,3 @@ def check_aliases(model: Model, digests: Mapping[str, str]) -> None:
     if problems:
         hint = "Megatron has one tensor for both"
         raise refuse("alias", f"{len(problems)} tensors differ from those that they repeat: {hint}", problems)
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a side file belongs to the tokenizer (top level only)."""
-    return "/" not in name and name.startswith(TOKENIZER_FILES)
