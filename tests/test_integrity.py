@@ -119,3 +119,23 @@ def test_an_overwritten_export_keeps_foreign_files_and_drops_old_weights(tmp_pat
     assert not any(name.startswith("model-") and name.endswith("-of-00003.safetensors") for name in found)
     assert not (tmp_path / "hf.partial").exists()
     transcoder.check(tmp_path / "hf")
+
+
+def test_linked_shards_are_read_on_request_alone_by_every_command(tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in EXAMPLE.iterdir():
+        (linked / file.name).symlink_to(file) if file.suffix == ".safetensors" else shutil.copy(file, linked)
+    lines = {
+        "hf2mcore": ["hf2mcore", linked, tmp_path / "m"],
+        "mcore2hf": ["mcore2hf", tmp_path / "m", tmp_path / "hf", "--hf-model", linked],
+        "verify": ["verify", linked, tmp_path / "m"],
+        "check": ["check", linked],
+        "inspect": ["inspect", linked],
+        "roundtrip": ["roundtrip", linked],
+    }
+    for name, line in lines.items():
+        refused = transcode(*line)
+        assert (refused.code, "--follow-links" in refused.err) == (5 if name == "check" else 3, True), refused.err
+        succeed(*line, "--follow-links")
+    assert tree(tmp_path / "hf") == tree(EXAMPLE)

@@ -183,6 +183,7 @@ def plan_mcore2hf(
     expert_layout: str = "like-source",
     max_shard_size: int | str = MAX_SHARD,
     quantize: str = "",
+    follow_links: bool = False,
 ) -> ExportPlan:
     """The plan of an export, decided and proved from metadata alone. Raises TranscoderError.
 
@@ -199,7 +200,7 @@ def plan_mcore2hf(
         raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
     layout = "" if expert_layout == "like-source" else expert_layout
     with reading(Path(src)):
-        megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize))
+        megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize), follow_links=follow_links)
         return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
 
 

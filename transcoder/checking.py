@@ -25,14 +25,16 @@ WORKERS = min(4, os.cpu_count() or 1)
 NOT_DAMAGE = ("not-found", "no-checkpoint", "no-config", "architecture")  # the user named something else
 
 
-def check(directory: Path, quick: bool, sample: float, listener: Listener | None = None) -> dict[str, Any]:
+def check(
+    directory: Path, quick: bool, sample: float, listener: Listener | None = None, follow_links: bool = False
+) -> dict[str, Any]:
     """A report of what was checked. Raises DifferenceError listing all damage, InputError when it is no checkpoint.
 
     quick: read no payloads. sample: percentage of the payloads to read.
     """
     try:
         if is_hf(directory):
-            return _check_hf(directory, 0.0 if quick else sample)
+            return _check_hf(directory, 0.0 if quick else sample, follow_links)
         report = _check_megatron(find_iteration(directory), 0.0 if quick else sample, listener)
         return report | {"warnings": [*notes(directory), *report["warnings"]]}
     except InputError as error:
@@ -46,8 +48,8 @@ def is_hf(directory: Path) -> bool:
     return os.path.lexists(directory / "config.json") and not os.path.lexists(directory / ".metadata")
 
 
-def _check_hf(directory: Path, sample: float) -> dict[str, Any]:
-    source = open_hf(directory)
+def _check_hf(directory: Path, sample: float, follow_links: bool) -> dict[str, Any]:
+    source = open_hf(directory, follow_links)
     listed = checksums.read(directory)
     if sample >= 100 and (problems := list(checksums.changed(directory, listed, WORKERS))):
         raise DifferenceError(f"{directory} is damaged", kind="damage", problems=problems)

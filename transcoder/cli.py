@@ -30,7 +30,7 @@ from transcoder.options import (
 
 Report = dict[str, Any]
 IMPORT = (GRID, MEGATRON, MTP, DTYPE, ARCH, LINKS, WRITING, COMMON)
-EXPORT = (HUGGING_FACE, DTYPE, ARCH, WRITING, COMMON)
+EXPORT = (HUGGING_FACE, DTYPE, ARCH, LINKS, WRITING, COMMON)
 CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 
 
@@ -199,14 +199,15 @@ def plan(src: str, **chosen: Any) -> int:
 @cli.command()
 @click.argument("one")
 @click.argument("two")
-@options(COMMON)
+@options(LINKS, COMMON)
 def verify(one: str, two: str, **chosen: Any) -> int:
     """Compare two checkpoints of any format, logically and bit for bit."""
     from transcoder import reading
 
     out = console("verify", chosen, one, two)
     return out.run(
-        lambda: reading.verify(one, two), lambda report: [f"✅ {report['tensors']} tensors are equal bit for bit"]
+        lambda: reading.verify(one, two, **chosen),
+        lambda report: [f"✅ {report['tensors']} tensors are equal bit for bit"],
     )
 
 
@@ -214,7 +215,7 @@ def verify(one: str, two: str, **chosen: Any) -> int:
 @click.argument("directory")
 @click.option("--quick", is_flag=True, help="read no payloads")
 @click.option("--sample", default=100.0, type=click.FloatRange(0, 100), metavar="PERCENT", help="payloads to read")
-@options(COMMON)
+@options(LINKS, COMMON)
 def check(directory: str, quick: bool, sample: float, **chosen: Any) -> int:
     """Is this checkpoint whole: headers, coverage, checksums, digests."""
     out = console("check", chosen, directory)
@@ -223,7 +224,7 @@ def check(directory: str, quick: bool, sample: float, **chosen: Any) -> int:
         from transcoder import reading
 
         with out.bar("checking") as bar:
-            return reading.check(directory, quick=quick, sample=sample, progress=bar)
+            return reading.check(directory, quick=quick, sample=sample, progress=bar, **chosen)
 
     return out.run(work, lambda report: [_whole(report)])
 
@@ -237,7 +238,7 @@ def _whole(report: Report) -> str:
 @cli.command()
 @click.argument("directory")
 @click.option("--tree", "as_tree", is_flag=True, help="the keys as a tree")
-@options(COMMON)
+@options(LINKS, COMMON)
 def inspect(directory: str, as_tree: bool, **chosen: Any) -> int:
     """Keys, dtypes, shapes, chunk grids, files, parallel layout and config of a checkpoint."""
     from transcoder import reading
@@ -247,7 +248,8 @@ def inspect(directory: str, as_tree: bool, **chosen: Any) -> int:
 
         return tree(report) if as_tree else table(report)
 
-    return console("inspect", chosen, directory).run(lambda: reading.inspect(directory), lines)
+    out = console("inspect", chosen, directory)
+    return out.run(lambda: reading.inspect(directory, **chosen), lines)
 
 
 @cli.command()

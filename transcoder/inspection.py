@@ -30,16 +30,16 @@ CONFIG_FIELDS = (
 )
 
 
-def inspect(directory: Path) -> dict[str, Any]:
+def inspect(directory: Path, follow_links: bool = False) -> dict[str, Any]:
     """A report on a Hugging Face directory or a Megatron checkpoint. Raises InputError."""
     if is_hf(directory):
-        return _inspect_hf(directory)
+        return _inspect_hf(directory, follow_links)
     report = _inspect_megatron(find_iteration(directory))
     return report | {"warnings": [*notes(directory), *report["warnings"]]}
 
 
-def _inspect_hf(directory: Path) -> dict[str, Any]:
-    source = open_hf(directory)
+def _inspect_hf(directory: Path, follow_links: bool) -> dict[str, Any]:
+    source = open_hf(directory, follow_links)
     keys = [_row(s.name, s.dtype, s.shape, [s.chunks[0].box], {s.chunks[0].file}) for s in source.catalog.values()]
     return _report(directory, "safetensors", keys) | {
         "architecture": architecture_of(source.config),

@@ -96,7 +96,8 @@ class Kept:
 
         self._stored, self._converted = stored, converted
         folder, shards = kept_shards(source)
-        self._views = {shard.name: map_file(folder / shard.name) for shard in shards}
+        follow = source.original is not None and source.original.follow_links
+        self._views = {shard.name: map_file(folder / shard.name, follow) for shard in shards}
         self._specs = {spec.name: spec for shard in shards for spec in shard.tensors}
 
     def read(self, part: TensorSpec, start: int, stop: int) -> Array | None:

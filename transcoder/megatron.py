@@ -66,10 +66,12 @@ def open_megatron(
     expert_layout: str = "",
     quantised: bool = False,
     like: Mapping[str, tuple[int, ...]] | None = None,
+    follow_links: bool = False,
 ) -> Megatron:
     """The checkpoint, its plan proved. Raises InputError for whatever does not fit.
 
     expert_layout, quantised: which Hugging Face files it is to be seen as; by default those of the original, decoded.
+    follow_links: whether shards of `hf_model` may be links that lead out of it.
     like: names and shapes of the weights whose spelling counts instead of the original's.
     """
     folder = find_iteration(path)
@@ -84,7 +86,7 @@ def open_megatron(
     recipe = recipe_for(architecture)
     values = normalise(config, recipe.defaults)
     dialect = dialect_of(store.tensors)
-    original = open_hf(hf_model) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
+    original = open_hf(hf_model, follow_links) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
     origin = original_of(original, table, config)
     shapes = like or origin.shapes
     originally = shown(recipe.hf_variants, shapes, given_sizes(recipe, values)[0]) if shapes else {}

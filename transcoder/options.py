@@ -45,7 +45,7 @@ COST = [
     click.option("--workers", default=0, metavar="N", help="threads; default min(4, cores)"),
     click.option("--memory", default="64MiB", show_default=True, metavar="SIZE", help="bound of the buffers"),
 ]
-LINKS = [click.option("--follow-links", is_flag=True, help="read shards through links that leave SRC")]
+LINKS = [click.option("--follow-links", is_flag=True, help="read shards through links that leave their directory")]
 WRITING = [
     *COST,
     click.option("--resume", is_flag=True, help="go on with an interrupted run"),

@@ -34,12 +34,12 @@ def stream_hf(path: PathLike, hf_model: PathLike | None = None) -> Iterator[tupl
         yield name, view.read(name, 0, prod(shape)).view(numpy_dtype(dtype)).reshape(shape)
 
 
-def verify(one: PathLike, two: PathLike) -> dict[str, Any]:
+def verify(one: PathLike, two: PathLike, *, follow_links: bool = False) -> dict[str, Any]:
     """Compare two checkpoints of any format tensor by tensor, bit for bit. Raises DifferenceError with the report."""
     from transcoder.views import open_views
 
     started = time.monotonic()
-    views = open_views(Path(one), Path(two))
+    views = open_views(Path(one), Path(two), follow_links)
     report = {"source": str(one), "destination": str(two), "tensors": len(views[0].tensors), "differences": []}
     try:
         same(*views)
@@ -68,7 +68,12 @@ def _difference(row: dict[str, Any]) -> str:
 
 
 def check(
-    directory: PathLike, *, quick: bool = False, sample: float = 100.0, progress: Listener | None = None
+    directory: PathLike,
+    *,
+    quick: bool = False,
+    sample: float = 100.0,
+    follow_links: bool = False,
+    progress: Listener | None = None,
 ) -> dict[str, Any]:
     """Whether a checkpoint is whole. Raises DifferenceError listing the damage, InputError when it is none.
 
@@ -77,15 +82,15 @@ def check(
     from transcoder.checking import check as examine
 
     started = time.monotonic()
-    report = examine(Path(directory), quick, sample, progress)
+    report = examine(Path(directory), quick, sample, progress, follow_links)
     return report | {"seconds": round(time.monotonic() - started, 3)}
 
 
-def inspect(directory: PathLike) -> dict[str, Any]:
+def inspect(directory: PathLike, *, follow_links: bool = False) -> dict[str, Any]:
     """What a checkpoint of any supported format holds, from headers alone. Raises InputError."""
     from transcoder.inspection import inspect as look
 
-    return look(Path(directory))
+    return look(Path(directory), follow_links)
 
 
 def architectures() -> dict[str, Any]:

@@ -31,18 +31,18 @@ class View:
     finish: Callable[[], object] = lambda: None
 
 
-def open_view(path: Path, hf_model: Path | None) -> View:
+def open_view(path: Path, hf_model: Path | None, follow_links: bool = False) -> View:
     """A view of a Hugging Face directory or a Megatron checkpoint, recognised by its marker files."""
     if is_hf(path):
-        return hf_view(path)
+        return hf_view(path, follow_links)
     return megatron_view(open_megatron(path, hf_model))
 
 
-def open_views(one: Path, two: Path) -> tuple[View, View]:
+def open_views(one: Path, two: Path, follow_links: bool = False) -> tuple[View, View]:
     """Views of both; a Megatron checkpoint is seen in the spelling and dtypes of a Hugging Face directory beside it."""
     if is_hf(one) == is_hf(two):
-        return open_view(one, None), open_view(two, None)
-    directory = hf_view(one if is_hf(one) else two)
+        return open_view(one, None, follow_links), open_view(two, None, follow_links)
+    directory = hf_view(one if is_hf(one) else two, follow_links)
     checkpoint = _seen_as(directory, two if is_hf(one) else one)
     return (directory, checkpoint) if is_hf(one) else (checkpoint, directory)
 
