@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo demo-generate demo-real check fuzz test test-full record wheel
-$(VENV)/base: pyproject.toml constraints.txt
+$(VENV)/base: pyproject.toml constraints.txt kernels/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
@@ -51,9 +51,10 @@ fuzz: $(VENV)/base
 	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
-# A wheel holds what the source tree holds, kernels/ and the schema included.
+# A wheel holds what the source tree holds, kernels/, the schema and, where there is a compiler, its loops included.
 wheel: $(VENV)/base
 	rm -rf $(VENV)/wheel && $(BIN)/pip wheel -q --no-deps -w $(VENV)/wheel .
 	$(PYTHON) -m venv $(VENV)/fresh
 	$(VENV)/fresh/bin/pip install -q -c constraints.txt $(VENV)/wheel/*.whl
+	cd $(VENV) && fresh/bin/python -c "from transcoder.kernels.native import LIBRARY; assert LIBRARY, 'not compiled'"
 	cd $(VENV) && fresh/bin/transcode roundtrip ../examples/tiny-llama --tp 2 --pp 2 --quiet

@@ -1,7 +1,8 @@
-"""Times the quantisation kernels on one core: GB/s of bfloat16 values, beside `memcpy` of the same bytes.
+"""Times the kernels on one core, compiled and in NumPy: GB/s of bfloat16 values, beside `memcpy` of the same bytes.
 
 Rounds are interleaved (copy, first kernel, second kernel, …) so that a slow moment of the machine meets all alike; the
-table shows the best round and the median. Every case also checks that encoding returns the stored bytes.
+table shows the best round and the median. Times are those of the thread: others may use the machine, too. Every case
+also checks that encoding returns the stored bytes.
 
     OMP_NUM_THREADS=1 python benchmarks/kernels.py --rounds 7
 """
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.kernels import fp8, int4, mxfp4
+from transcoder.kernels import fp8, int4, mxfp4, native, strided
 
 BLOCK = (128, 128)
 GROUP = 32
@@ -78,6 +79,27 @@ def int4_cases(rng: np.random.Generator, rows: int, columns: int) -> list[Case]:
     ]
 
 
+def strided_cases(rng: np.random.Generator, rows: int, columns: int) -> list[Case]:
+    """GPT-OSS experts: a matrix turned and turned back, whole and by the 1 MiB that an import writes at once."""
+    matrix, out = rng.integers(0, 1 << 16, rows * columns, np.uint16), np.zeros(rows * columns, np.uint16)
+    few = max(1, (1 << 19) // rows)
+    turned = strided.view(matrix, 0, (columns, rows), (1, columns))
+    back = strided.view(out, 0, (columns, rows), (1, columns))
+    halves = [strided.view(matrix, n, (columns // 2, rows), (2, columns)) for n in (0, 1)]
+    parts = [slice(first, first + few) for first in range(0, columns // 2, few)]
+
+    def pieces() -> None:
+        for half in halves:
+            for part in parts:
+                strided.copy(np.empty_like(half[part], order="C"), half[part])
+
+    return [
+        Case("transpose", lambda: strided.copy(out.reshape(columns, rows), turned)),
+        Case("transpose back", lambda: strided.copy(back, matrix.reshape(columns, rows))),
+        Case("transpose gate and up, 1 MiB at a time", pieces),
+    ]
+
+
 def returned(found: tuple[NDArray[Any], ...], stored: tuple[NDArray[Any], ...]) -> None:
     """Ends the run with status 5 if encoding did not give back what was stored."""
     if not all(np.array_equal(one, other) for one, other in zip(found, stored, strict=True)):
@@ -90,26 +112,32 @@ def copy_case(rows: int, columns: int) -> Case:
     return Case("memcpy", lambda: np.copyto(target, source))
 
 
-def seconds(case: Case) -> float:
-    """The wall time of one call."""
-    begun = time.perf_counter()
+def seconds(case: Case, library: Any) -> float:
+    """The time that this thread needs for one call, with the compiled loops or without them."""
+    native.LIBRARY = library
+    begun = time.thread_time()
     case.work()
-    return time.perf_counter() - begun
+    return time.thread_time() - begun
 
 
-def run_rounds(cases: list[Case], count: int) -> dict[str, list[float]]:
-    """Times of all cases in turn, as often as asked, after one round that is not counted."""
-    rounds = [{case.name: seconds(case) for case in cases} for _ in range(count + 1)]
-    return {case.name: [times[case.name] for times in rounds[1:]] for case in cases}
+def run_rounds(cases: list[Case], count: int) -> dict[str, list[list[float]]]:
+    """Times of all cases in turn, compiled and in NumPy, as often as asked, after one round that is not counted."""
+    ways = [native.LIBRARY, None]
+    rounds = [{case.name: [seconds(case, way) for way in ways] for case in cases} for _ in range(count + 1)]
+    return {
+        case.name: [list(times) for times in zip(*(one[case.name] for one in rounds[1:]), strict=True)]
+        for case in cases
+    }
 
 
-def row(name: str, times: list[float], size: int) -> str:
+def row(name: str, ways: list[list[float]], size: int) -> str:
     """One line of the table.
 
-    >>> row("x", [1.0, 2.0, 4.0], 2 * 10**9)
+    >>> row("x", [[1.0, 2.0, 4.0]], 2 * 10**9)
     '| x | 2.00 | 1.00 |'
     """
-    return f"| {name} | {size / min(times) / 1e9:.2f} | {size / statistics.median(times) / 1e9:.2f} |"
+    cells = [f"{size / time / 1e9:.2f}" for times in ways for time in (min(times), statistics.median(times))]
+    return f"| {' | '.join([name, *cells])} |"
 
 
 def parse() -> argparse.Namespace:
@@ -129,12 +157,13 @@ def main() -> None:
     """Prints the table, in Markdown."""
     options = parse()
     rng, shape = np.random.default_rng(options.seed), (options.rows, options.columns)
-    cases = [copy_case(*shape), *fp8_cases(rng, *shape), *mxfp4_cases(rng, *shape), *int4_cases(rng, *shape)]
+    kinds = (fp8_cases, mxfp4_cases, int4_cases, strided_cases)
+    cases = [copy_case(*shape), *(case for kind in kinds for case in kind(rng, *shape))]
     rounds = run_rounds(cases, options.rounds)
     size = options.rows * options.columns * 2
     print(f"{size / 1e6:.0f} MB of bfloat16 values [{options.rows}, {options.columns}], {options.rounds} rounds\n")
-    print("| kernel | GB/s, best | GB/s, median |\n| --- | --- | --- |")
-    print("\n".join(row(name, times, size) for name, times in rounds.items()))
+    print("| kernel, GB/s | compiled: best | median | NumPy: best | median |\n| --- | --- | --- | --- | --- |")
+    print("\n".join(row(name, ways, size) for name, ways in rounds.items()))
 
 
 if __name__ == "__main__":

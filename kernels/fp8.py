@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.kernels import casts
+from transcoder.kernels import casts, native
 from transcoder.kernels.casts import Bits
 
 Floats = NDArray[np.float32]
@@ -64,6 +64,8 @@ def decode(weight: Codes, scales: Floats, block: Block, target: str) -> Bits:
     A single scale is [1, 1] with block (n, k). As in DeepSeek-V3's inference/kernel.py, weight_dequant.
     """
     out = np.empty(weight.shape, CELLS[target])
+    if target == "bfloat16" and native.fp8_decode(weight, scales, block, out):
+        return out
     for first, last in bands(weight.shape, block[0]):
         _decode_band(
             weight[first:last], scales[first // block[0] : -(-last // block[0])], block, target, out[first:last]
@@ -90,6 +92,8 @@ def encode(bits: Bits, source: str, block: Block, kept: Floats | None) -> tuple[
     """
     rows, columns = block
     codes = np.empty(bits.shape, np.uint8)
+    if kept is not None and source == "bfloat16" and native.fp8_encode(bits, kept, block, codes):
+        return codes, kept.copy()
     scales = np.ones((-(-bits.shape[0] // rows), -(-bits.shape[1] // columns)), np.float32)
     for first, last in bands(bits.shape, rows):
         of = slice(first // rows, -(-last // rows))

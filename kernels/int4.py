@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.kernels import casts
+from transcoder.kernels import casts, native
 from transcoder.kernels.casts import Bits
 from transcoder.kernels.fp8 import CELLS, STRIP, Floats, largest_finite, round_into, same_blocks, spread
 
@@ -31,6 +31,8 @@ def decode(packed: Words, scales: Bits, scale_dtype: str, columns: int, group: i
     array([[ 3.5, -0.5]], dtype=float32)
     """
     out, step = np.empty((len(packed), columns), CELLS[target]), _rows(columns)
+    if target == "bfloat16" and native.int4_decode(packed, casts.to_float32(scales, scale_dtype), columns, group, out):
+        return out
     for first in range(0, len(packed), step):
         part = slice(first, first + step)
         factors = casts.to_float32(scales[part], scale_dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transcoder.kernels import casts
+from transcoder.kernels import casts, native
 from transcoder.kernels.casts import Bits
 from transcoder.kernels.fp8 import CELLS, STRIP, Codes, Floats, round_magnitude
 
@@ -34,7 +34,8 @@ def decode(blocks: Codes, scales: Codes, target: str) -> Bits:
     """
     flat, flat_scales = blocks.reshape(-1, GROUP // 2), scales.reshape(-1)
     out = np.empty((len(flat), GROUP), CELLS[target])
-    for first in range(0, len(flat), _STEP):
+    done = native.mxfp4_decode(flat, flat_scales, _pairs(target), out)
+    for first in range(0, 0 if done else len(flat), _STEP):
         part = slice(first, first + _STEP)
         index = np.repeat(flat_scales[part].astype(np.uint16) << np.uint16(8), GROUP // 2).reshape(-1, GROUP // 2)
         index |= flat[part]
@@ -52,6 +53,8 @@ def encode(bits: Bits, source: str, kept: Codes | None) -> tuple[Codes, Codes]:
     shape = (*bits.shape[:-1], bits.shape[-1] // GROUP)
     flat, old = bits.reshape(-1, GROUP), None if kept is None else kept.reshape(-1)
     blocks, scales = np.empty((len(flat), GROUP // 2), np.uint8), np.empty(len(flat), np.uint8)
+    if old is not None and source == "bfloat16" and native.mxfp4_encode(flat, old, blocks):
+        return blocks.reshape(*shape, GROUP // 2), old.reshape(shape).copy()
     for first in range(0, len(flat), _STEP):
         part = slice(first, first + _STEP)
         blocks[part], scales[part] = _encode_strip(flat[part], source, None if old is None else old[part])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ def proves(record_property: Callable[[str, object], None]) -> Callable[..., None
             record_property("proves", [name, architecture])
 
     return claim
+
+
+@pytest.fixture(scope="module", params=["compiled", "numpy"])
+def loops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to do the arithmetic: the compiled loops where they were built, and NumPy alone."""
+    from transcoder.kernels import native
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(native, "LIBRARY", None)
+        yield
 
 
 @pytest.fixture(scope="module")

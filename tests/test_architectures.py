@@ -133,7 +133,8 @@ def test_a_recipe_is_a_short_table() -> None:
 
 def expressions(recipe: Recipe) -> Iterator[str]:
     """Everything that a recipe may ask of a config."""
-    yield from (*recipe.axes.values(), *recipe.kinds.values(), *recipe.model.values(), *recipe.checks, *recipe.outgoing)
+    yield from (*recipe.axes.values(), *recipe.kinds.values(), *recipe.model.values(), *recipe.runs.values())
+    yield from (*recipe.checks, *recipe.outgoing)
     yield from (
         guard for guard in (*(rule.only for rule in recipe.rules), *(only for _, only in recipe.extra_state)) if guard
     )

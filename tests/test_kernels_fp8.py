@@ -15,6 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from transcoder.kernels import casts, fp8
 
+pytestmark = pytest.mark.usefixtures("loops")
 Array = np.ndarray[Any, Any]
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TARGETS = pytest.mark.parametrize("target", TORCH)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from transcoder.kernels import casts, int4
 
+pytestmark = pytest.mark.usefixtures("loops")
 Array = np.ndarray[Any, Any]
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIGNED = {"bfloat16": torch.int16, "float16": torch.int16, "float32": torch.int32}

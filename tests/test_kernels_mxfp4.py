@@ -15,6 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from transcoder.kernels import casts, mxfp4
 
+pytestmark = pytest.mark.usefixtures("loops")
 Array = np.ndarray[Any, Any]
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TARGETS = pytest.mark.parametrize("target", TORCH)

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import pytest
 from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from transcoder.layout import parse
 from transcoder.moves import runs
 from transcoder.spec import DTYPES, Box, box_shape
 
+pytestmark = pytest.mark.usefixtures("loops")
 PROPERTY = settings(deadline=None, max_examples=100, derandomize=True)
 INT32 = DTYPES["int32"]
 Array = np.ndarray[Any, Any]

@@ -74,8 +74,16 @@ def test_as_much_of_each_head_is_rotated_as_transformers_rotates(kind: str) -> N
 
 KEPT = (
     "llama", "llama-tied", "llama-bias", "mistral", "qwen2", "qwen3", "qwen3-moe", "qwen3-moe-mixed", "mixtral",
-    "qwen2-moe", "olmoe",
+    "qwen2-moe", "olmoe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-mtp", "kimi-k2", "glm4-moe",
+    "dots1",
 )  # fmt: skip
+
+
+# What Megatron-LM's arguments say of every model.
+LATENT_ARGUMENTS = {
+    "multi_latent_attention": False, "q_lora_rank": None, "kv_lora_rank": 32, "qk_head_dim": 128, "v_head_dim": 128,
+    "qk_pos_emb_head_dim": 64, "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0, "rope_type": None,
+}  # fmt: skip
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -94,6 +102,18 @@ def test_a_checkpoint_without_config_says_the_same_itself(kind: str, tmp_path: P
         assert model_arguments(fields) == model_arguments(config)
         assert torch.equal(rotary(fields)[0], rotary(config)[0])
         (folder / "run_config.yaml").unlink(missing_ok=True)
+
+
+def test_arguments_of_latent_attention_say_nothing_where_it_is_not_used(tmp_path: Path) -> None:
+    transcoder.hf2mcore(zoo.made("qwen3"), tmp_path / "mcore", make_vocab_size_divisible_by=1, sync=False)
+    folder = tmp_path / "mcore" / "iter_0000000"
+    (folder / "run_config.yaml").unlink()
+    common = torch.load(folder / "common.pt", weights_only=False)
+    vars(common["args"]).update(LATENT_ARGUMENTS)
+    torch.save(common, folder / "common.pt")
+    config, fields = config_of("qwen3"), stored_model(folder)
+    assert plain(transformer_config(fields, Mesh())) == plain(transformer_config(config, Mesh()))
+    assert torch.equal(rotary(fields)[0], rotary(config)[0])
 
 
 SCALED = {
@@ -119,7 +139,7 @@ def test_yarn_of_megatron_means_the_same_rotation() -> None:
     assert torch.equal(one[0], two[0]) and one[1] == two[1] > 1.3
 
 
-@pytest.mark.parametrize("kind", ("deepseek-v2", "gpt-oss", "gemma2", "nemotron-h", "qwen3-next", "glm4-moe"))
+@pytest.mark.parametrize("kind", ("gpt-oss", "gemma2", "nemotron-h", "qwen3-next"))
 def test_a_checkpoint_of_other_layers_without_config_is_refused(kind: str, tmp_path: Path) -> None:
     transcoder.hf2mcore(zoo.made(kind), tmp_path / "mcore", sync=False)
     with pytest.raises(InputError, match="the runtime cannot build this model"):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, zip_longest
 from math import prod
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from transcoder.atlas import Atlas
@@ -22,6 +22,7 @@ from transcoder.codecs import Codec
 from transcoder.disk import PIECE
 from transcoder.errors import refuse
 from transcoder.formats.huggingface import HfDirectory
+from transcoder.kernels import strided
 from transcoder.kernels.casts import add, cast
 from transcoder.mapped import ready
 from transcoder.moves import Copy, Run, runs
@@ -29,11 +30,11 @@ from transcoder.paths import map_file
 from transcoder.planner import Filler, HfTensor
 from transcoder.progress import Cancelled
 from transcoder.spec import Chunk, DType, TensorSpec
+from transcoder.staging import STAGE, aligned, staging
 
-PAGE = 4096  # bytes
 BAND = 4 << 20  # bytes, a constant of the manifest's digests
 Array = NDArray[Any]
-Sink = Callable[[str, Chunk, int, memoryview], int]  # key, chunk, first payload byte, bytes → their CRC-32
+Sink = Callable[[str, Chunk, int, memoryview], int]  # key, chunk, first payload byte, bytes → CRC-32; keeps no bytes
 Fetch = Callable[[str, Chunk, int, int], memoryview]  # key, chunk, first payload byte, count → bytes
 
 
@@ -107,20 +108,30 @@ class Payloads:
 
 
 def scatter(atlas: Atlas, tensor: HfTensor, start: int, band: Array, sink: Sink) -> None:
-    """Send the flat elements from `start`, given as `band`, to every chunk that holds them."""
-    for key, chunk, copy in atlas.pieces(tensor, start, start + band.size):
-        for run in runs(copy):
-            sink(key, chunk, run.chunk * band.itemsize, _packed(band, run).data.cast("B"))
+    """Send the flat elements from `start`, given as `band`, to every chunk that holds them.
+
+    Chunks take turns: gate and up lie in the same lines of memory, which the cache still has when the second comes.
+    """
+    limit = STAGE // band.itemsize
+    turns = [_pieces(*piece, limit) for piece in atlas.pieces(tensor, start, start + band.size)]
+    for key, chunk, run in filter(None, chain.from_iterable(zip_longest(*turns))):
+        first = run.chunk * band.itemsize
+        sink(key, chunk, first, _packed(band, run, chunk.offset + first).data.cast("B"))
 
 
-def _packed(band: Array, run: Run) -> Array:
-    if not run.shape or (len(run.shape) == 1 and run.hf_steps[0] == 1):
+def _pieces(key: str, chunk: Chunk, copy: Copy, limit: int) -> Iterator[tuple[str, Chunk, Run]]:
+    for run in runs(copy):
+        for part in (run,) if run.contiguous else run.parts(limit):
+            yield key, chunk, part
+
+
+def _packed(band: Array, run: Run, offset: int) -> Array:
+    """The elements of a run one after the other, to be written at `offset` of a file."""
+    if run.contiguous:
         return band[run.hf : run.hf + run.count]
-    return np.ascontiguousarray(_strided(band, run)).reshape(-1)
-
-
-def _strided(band: Array, run: Run) -> Array:
-    return as_strided(band[run.hf :], run.shape, tuple(step * band.itemsize for step in run.hf_steps))
+    packed = staging(run.count * band.itemsize, offset).view(band.dtype)
+    strided.copy(packed.reshape(run.shape), strided.view(band, run.hf, run.shape, run.hf_steps))
+    return packed
 
 
 def gather(atlas: Atlas, tensor: HfTensor, start: int, stop: int, dtype: DType, fetch: Fetch) -> Array:
@@ -145,20 +156,7 @@ def _collect(pieces: Iterable[tuple[str, Chunk, Copy]], dtype: DType, fetch: Fet
     for key, chunk, copy in pieces:
         for run in runs(copy):
             data = elements(fetch(key, chunk, run.chunk * dtype.size, run.count * dtype.size), dtype)
-            if run.shape:
-                _strided(band, run)[...] = data.reshape(run.shape)
-            else:
-                band[run.hf] = data[0]
-
-
-def aligned(size: int, offset: int) -> Array:
-    """New memory of `size` bytes, as far from the start of a page as `offset` is.
-
-    malloc puts large blocks at page + 16; some processors copy from there to the start of a page four times slower.
-    """
-    block = np.empty(size + PAGE, np.uint8)
-    skip = (offset - block.__array_interface__["data"][0]) % PAGE
-    return block[skip : skip + size]
+            strided.copy(strided.view(band, run.hf, run.shape, run.hf_steps), data.reshape(run.shape))
 
 
 def sent(tensor: HfTensor, band: Array, dtype: DType) -> Array:

@@ -131,26 +131,28 @@ def _move(
     tally: Tally,
 ) -> None:
     """Collect one tensor from its chunks into its place in a shard; compare its digest with the manifest's."""
-    from transcoder.engine import bands, converted, gather_for, received
+    from transcoder.engine import bands, converted, received
     from transcoder.kernels.casts import finite
     from transcoder.ledger import Track
+    from transcoder.turned import collected, strokes
 
     source, place = plan.source, spec.chunks[0]
     tensor = source.model.hf[spec.name]
     stored = source.stored(tensor)
     track = Track(ledger, tensor.name, tensor.shape, stored)
     fetch = chunks.reader(tensor, track.parts)
-    for start, stop in bands(tensor.shape, stored):
+    for start, stop in strokes(source.atlas, tensor, bands(tensor.shape, stored)):
         if stop > track.stop:
-            offset = place.offset + start * spec.dtype.size
-            band = gather_for(offset, source.atlas, tensor, start, stop, stored, fetch)
-            band = received(tensor, band, stored, kept.values(tensor, stored, start, stop))
-            track.tree.add(band)
-            track.count("odd", not finite(band, stored.name))
-            data = converted(band, stored, spec.dtype).data.cast("B")
-            write_all(file, data, offset)
-            if flush:
-                start_flush(file, offset, len(data))
+            begin = place.offset + start * spec.dtype.size
+            for first, band in collected(source.atlas, tensor, (start, stop), stored, fetch, begin, spec.dtype.size):
+                values = received(tensor, band, stored, kept.values(tensor, stored, first, first + band.size))
+                track.tree.add(values)
+                track.count("odd", not finite(values, stored.name))
+                data = converted(values, stored, spec.dtype).data.cast("B")
+                offset = place.offset + first * spec.dtype.size
+                write_all(file, data, offset)
+                if flush:
+                    start_flush(file, offset, len(data))
             track.reach(stop)
         tally.moved((stop - start) * spec.dtype.size)
     check_digest(plan, spec.name, track.tree.text())

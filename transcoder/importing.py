@@ -247,6 +247,7 @@ def _move(
     from transcoder.engine import converted, scatter, sent
     from transcoder.kernels.casts import finite
     from transcoder.ledger import Track
+    from transcoder.turned import strokes
 
     stored, target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
     track = Track(ledger, tensor.name, tensor.shape, target)
@@ -256,7 +257,10 @@ def _move(
         track.parts.append((chunk.file, chunk.offset + start, len(data), crc))
         return crc
 
-    for start, stop in payloads.bands(tensor.name):
+    moves = list(payloads.bands(tensor.name))
+    if stored == target and tensor.name not in payloads.weights.codecs:  # in place: a longer range needs no memory
+        moves = strokes(plan.atlas, tensor, moves)
+    for start, stop in moves:
         if stop > track.stop:
             values = payloads.read(tensor.name, start, stop)
             track.count("odd", not finite(values, stored.name))

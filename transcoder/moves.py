@@ -32,9 +32,20 @@ class Copy:
         """Elements moved."""
         return prod(self.shape)
 
+    @property
+    def turned(self) -> bool:
+        """Whether the two sides disagree on which axis lies closest: runs of the one are scattered over the other."""
+        return bool(self.shape) and self.hf_steps[-1] > min(self.hf_steps)
+
     def inverse(self) -> Copy:
         """The same elements with the two sides swapped."""
         return Copy(self.shape, self.hf, self.hf_steps, self.chunk, self.chunk_steps)
+
+    def slices(self) -> Iterator[Copy]:
+        """The same elements, one copy for each index of the first axis."""
+        for i in range(self.shape[0]):
+            chunk, hf = self.chunk + i * self.chunk_steps[0], self.hf + i * self.hf_steps[0]
+            yield Copy(self.shape[1:], chunk, self.chunk_steps[1:], hf, self.hf_steps[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,27 @@ class Run:
     hf: int
     shape: tuple[int, ...]
     hf_steps: tuple[int, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the other side's places are consecutive, too."""
+        return not self.shape or (len(self.shape) == 1 and self.hf_steps[0] == 1)
+
+    def parts(self, limit: int) -> Iterator[Run]:
+        """The same elements in order, `limit` of them at a time or one index of the first axis if that is more.
+
+        >>> [(part.chunk, part.hf, part.shape) for part in Run(8, 6, 1, (3, 2), (1, 3)).parts(4)]
+        [(8, 1, (2, 2)), (12, 3, (1, 2))]
+        """
+        if self.count <= limit:
+            yield self
+            return
+        inner = self.count // self.shape[0]
+        step = max(1, limit // inner)
+        for i in range(0, self.shape[0], step):
+            size = min(step, self.shape[0] - i)
+            shape, hf = (size, *self.shape[1:]), self.hf + i * self.hf_steps[0]
+            yield Run(self.chunk + i * inner, size * inner, hf, shape, self.hf_steps)
 
 
 def clip(cell: Cell, box: Box, ranges: Ranges | None = None) -> list[Ranges]:

@@ -96,6 +96,7 @@ class Recipe:
     mcore_variants: Variants = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of config fields, where they are not None
     outgoing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # guard → fields of an export's config.json
+    runs: Mapping[str, str] = field(default_factory=dict)  # as `model`, of what only `runtime/switches.py` has
 
 
 class Field(str):

@@ -29,6 +29,7 @@ from transcoder.kernels.casts import finite
 from transcoder.mapped import side_file
 from transcoder.progress import Tally
 from transcoder.spec import TensorSpec
+from transcoder.turned import strokes
 from transcoder.work import Work
 
 Store = Callable[[TensorSpec, int, Array], None]  # stored tensor, first flat element, the elements that came back
@@ -56,7 +57,10 @@ def _there_and_back(plan: ImportPlan, name: str, payloads: Payloads, tally: Tall
     tensor, spec = plan.model.hf[name], plan.source.weights.catalog[name]
     target = tensor.family.dtype(plan.dtype)
     tree, odd = TreeDigest(tensor.shape, target), False
-    for start, stop in payloads.bands(name):
+    moves = list(payloads.bands(name))
+    if name not in payloads.weights.codecs:
+        moves = strokes(plan.atlas, tensor, moves)
+    for start, stop in moves:
         band, scratch = payloads.read(name, start, stop), Scratch()
         values = converted(band, spec.dtype, target)
         tree.add(values)

@@ -12,7 +12,7 @@ import numpy as np
 
 from transcoder.checking import is_hf
 from transcoder.chunks import CheckedChunks
-from transcoder.engine import Array, Payloads, bands, converted, gather, received
+from transcoder.engine import Array, Payloads, bands, converted, received
 from transcoder.errors import InputError
 from transcoder.formats.huggingface import open_hf
 from transcoder.kept import Kept
@@ -20,6 +20,7 @@ from transcoder.kernels.casts import to_float32
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.paths import map_file
 from transcoder.spec import DType
+from transcoder.turned import Reader
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,13 @@ def megatron_view(source: Megatron) -> View:
     chunks, kept = CheckedChunks(files.__getitem__), Kept(source)
     tensors = {name: (source.stored(tensor), tensor.shape) for name, tensor in source.model.hf.items()}
 
+    readers: dict[str, Reader] = {}
+
     def read(name: str, start: int, stop: int) -> Array:
         tensor, dtype = source.model.hf[name], tensors[name][0]
-        band = gather(source.atlas, tensor, start, stop, dtype, chunks.reader(tensor))
+        if name not in readers:
+            readers[name] = Reader(source.atlas, tensor, dtype, chunks.reader(tensor))
+        band = readers[name].read(start, stop)
         return received(tensor, band, dtype, kept.values(tensor, dtype, start, stop))
 
     def finish() -> object:

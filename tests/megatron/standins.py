@@ -26,7 +26,7 @@ from transcoder.runtime.layers import (
     HFRouter,
     WideKeyNorm,
     WideQueryNorm,
-    rms_norm,
+    normalised,
 )
 from transcoder.runtime.specs import stage_layers
 
@@ -63,7 +63,8 @@ class TELayerNormColumnParallelLinear(ExtraState, HFColumnLinear):
         self.layer_norm_weight = torch.nn.Parameter(torch.empty(input_size, dtype=config.params_dtype))
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(rms_norm(input_, self.layer_norm_weight, self.eps), *args, **kwargs)
+        hidden = self.layer_norm_weight * normalised(input_, self.eps).to(input_.dtype)
+        return super().forward(hidden, *args, **kwargs)
 
 
 class TEGroupedLinear(ExtraState, torch.nn.Module):

@@ -151,6 +151,7 @@ WINDOW = {
     "window_size": field_of("(sliding_window - 1, 0) if any_sliding else None", sliding_window="window_size[0] + 1"),
     "window_attn_skip_freq": "sliding_layers if any_sliding else None",
 }
+SCALED_EMBEDDING = {"embedding_multiplier": "h ** 0.5", "inner_multiplier": "True"}  # for `runs`
 WINDOWED = "sliding_window is not None"
 QWEN_WINDOWED = f"use_sliding_window and {WINDOWED}"
 QWEN_DEFAULTS = {"max_window_layers": 28}

@@ -163,6 +163,7 @@ GROUP_CHECKS = EXPERT_CHECKS | {
     "norm_topk_prob": "DeepSeek V2 never renormalises, whatever norm_topk_prob says",
 }
 GROUPED = {
+    "moe_router_dtype": "'fp32'",
     "moe_shared_expert_intermediate_size": field_of(
         "sf", n_shared_experts="moe_shared_expert_intermediate_size // moe_ffn_hidden_size"
     ),

@@ -1,7 +1,7 @@
 """Gemma 2: norms on both sides of attention and feed-forward, stored less one; soft-capped logits; tied."""
 
 from transcoder.recipe import Recipe
-from transcoder.recipes.blocks import AXES, DENSE, EMBED, FINAL, NO_BIAS, UNMATCHED, WINDOW
+from transcoder.recipes.blocks import AXES, DENSE, EMBED, FINAL, NO_BIAS, SCALED_EMBEDDING, UNMATCHED, WINDOW
 from transcoder.recipes.postnorm import POST_NORM_STATE, SANDWICH
 
 GEMMA = NO_BIAS | {"layernorm_zero_centered_gamma": "True", "activation_func": "'megatron.core.activations.fast_gelu'"}
@@ -29,6 +29,7 @@ RECIPE = Recipe(
         "final_logit_softcapping": "final_logit_softcapping",
         "seq_length": "max_position_embeddings or 8192",
     },
+    runs=SCALED_EMBEDDING,
     checks=GEMMA_CHECKS
     | {
         "True": "soft-capped logits, scaled embeddings and norms after the blocks need Megatron Bridge's Gemma 2",

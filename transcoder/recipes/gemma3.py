@@ -12,4 +12,5 @@ RECIPE = Recipe(
     extra_state=text.STATE,
     model=text.MODEL | {"_target_": "'megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider'"},
     checks=text.CHECKS,
+    runs=text.RUNS,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transcoder.recipes.blocks import AXES as DENSE_AXES
-from transcoder.recipes.blocks import DENSE, EMBED, FINAL, QK_NORM, QK_NORM_STATE
+from transcoder.recipes.blocks import DENSE, EMBED, FINAL, QK_NORM, QK_NORM_STATE, SCALED_EMBEDDING
 from transcoder.recipes.gemma2 import GEMMA, GEMMA_CHECKS
 from transcoder.recipes.postnorm import POST_NORM_STATE, SANDWICH
 
@@ -30,6 +30,7 @@ MODEL = (
         "seq_length": "max_position_embeddings or 131072",
     }
 )
+RUNS = SCALED_EMBEDDING | {"logits_softcap": "final_logit_softcapping"}
 CHECKS = GEMMA_CHECKS | {
     "True": "two rotary bases, scaled embeddings and norms after the blocks need Megatron Bridge's Gemma 3",
     "attn_logit_softcapping or final_logit_softcapping": "logit softcapping is not carried over",

@@ -32,6 +32,7 @@ RECIPE = Recipe(
     rules=(*blocks.EMBED, *ATTENTION, *experts.EXPERT_NORM, *EXPERTS, *blocks.FINAL),
     extra_state=((f"{D}self_attention.core_attention", ""), *blocks.ATTENTION_STATE, *experts.EXPERT_STATE),
     model=blocks.DENSE | experts.MOE | experts.GPT_OSS,
+    runs={"late_rounding": "True"},
     checks=experts.GPT_OSS_CHECKS,
     hf_variants={"experts": {"transposed": f"{E}gate_up_proj", "mxfp4": f"{E}gate_up_proj_blocks"}},
     mcore_variants=experts.NORM_VARIANTS,

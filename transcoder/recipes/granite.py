@@ -23,6 +23,7 @@ RECIPE = Recipe(
     rules=EMBED + ATTENTION + BIASES + GATED_MLP + FINAL,
     extra_state=EXTRA_STATE,
     model=DENSE | {"softmax_scale": "attention_multiplier or 1.0"},
+    runs={name: name for name in MULTIPLIERS},
     checks=CHECKS
     | {f"{name} not in (None, 1)": f"{name} {UNMATCHED}" for name in MULTIPLIERS}
     | {"True": "Megatron-LM does not take the softmax scale (attention_multiplier) from a checkpoint"},

@@ -24,6 +24,12 @@ RECIPE = Recipe(
         "rotary_base": "rope_theta or rope_full_attention_rope_theta or"
         " (500000.0 if model_type == 'olmo3' else 10000.0)",
     },
+    runs={
+        "late_rounding": "True",
+        "wide_rotation": "True",
+        "local_rotary_base": "(rope_sliding_attention_rope_theta or rope_theta or 500000.0)"
+        " if model_type == 'olmo3' and any_sliding else None",
+    },
     checks={
         "True": "norms after the blocks, and over all heads, are not in megatron-core's own layer specs",
         "model_type == 'olmo3'": blocks.UNCARRIED_WINDOW,

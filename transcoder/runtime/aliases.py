@@ -1,6 +1,7 @@
 """Where a live model's tensor is stored when not under the key that the model asks for.
 
 the norm before experts    `pre_mlp_layernorm` (Transformer Engine) or `mlp.linear_fc1.layer_norm_weight` (local)
+the norms of latents       `linear_q_up_proj.layer_norm_weight` (Transformer Engine) or `q_layernorm` (local)
 layers with numbers        asked one by one, stored as one array: a model with a list as `moe_layer_freq`
 `language_model.`          a language model alone, stored as a part of a model with a vision tower
 """
@@ -10,7 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator
 
-NORMS = ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+NORMS = (
+    ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    ("self_attention.q_layernorm.weight", "self_attention.linear_q_up_proj.layer_norm_weight"),
+    ("self_attention.kv_layernorm.weight", "self_attention.linear_kv_up_proj.layer_norm_weight"),
+)
 PART = "language_model."
 _NUMBERED = re.compile(r"(.*decoder\.layers\.)(\d+)\.(.+)")
 _GROUPS = re.compile(r".*decoder\.layers\.(?:\d+\.(?:mlp\.experts\.experts\.\d+\.)?)?")
@@ -34,7 +39,7 @@ def _spellings(asked: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _other_norm(asked: str) -> Iterator[str]:
-    for one, other in (NORMS, NORMS[::-1]):
+    for one, other in (pair[::step] for pair in NORMS for step in (1, -1)):
         if asked.startswith("decoder.layers.") and asked.endswith(f".{one}"):
             yield asked.removesuffix(one) + other
 

@@ -50,9 +50,9 @@ def _row(multiply: Multiply, layer: Any, input: Any) -> tuple[Any, Any]:
     return (total if layer.bias is None else total + layer.bias.to(total.dtype)).to(input.dtype), None
 
 
-def _silu(input: Any) -> Any:
+def _exact(function: Multiply, input: Any) -> Any:
     """Vector units and the scalar rest of a row give different last bits; in float64 both round to the same."""
-    return functional.silu(input.double()).to(input.dtype)
+    return function(input.double()).to(input.dtype)
 
 
 def _exchange(model: Any, multiply: Multiply, logits: Any) -> None:
@@ -71,5 +71,5 @@ def make_lean(model: Any) -> None:
 
 def make_exact(model: Any) -> None:
     """Let the parallel layers of a model compute in float64; its logits leave in float32."""
-    model.config.activation_func = _silu
+    model.config.activation_func = partial(_exact, model.config.activation_func)
     _exchange(model, _wide, torch.float32)

@@ -27,18 +27,18 @@ class KVCache:
         """Forget every token; the memory is kept."""
         self.used = 0
 
-    def _layer(self, number: int, like: Any) -> tuple[Any, Any]:
+    def _layer(self, number: int, key: Any, value: Any) -> tuple[Any, Any]:
         """Memory of a layer, [batch, heads, length, size] each, made when first needed."""
         if number not in self._memory:
-            shape = (self._batch, like.shape[2], self.length, like.shape[3])
-            self._memory[number] = like.new_empty(shape), like.new_empty(shape)
+            shapes = [(self._batch, like.shape[2], self.length, like.shape[3]) for like in (key, value)]
+            self._memory[number] = key.new_empty(shapes[0]), value.new_empty(shapes[1])
         return self._memory[number]
 
     def extended(self, number: int, key: Any, value: Any) -> tuple[Any, Any]:
         """Store keys and values [s, b, heads, size] behind those of a layer; all of them, in the same layout."""
         last = self.used + key.shape[0]
         found = []
-        for memory, new in zip(self._layer(number, key), (key, value), strict=True):
+        for memory, new in zip(self._layer(number, key, value), (key, value), strict=True):
             memory[:, :, self.used : last] = new.permute(1, 2, 0, 3)
             found.append(memory[:, :, :last].permute(2, 0, 1, 3))
         return found[0], found[1]

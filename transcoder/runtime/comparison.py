@@ -17,6 +17,7 @@ from transcoder.mesh import Mesh
 from transcoder.runtime import divergence, drawing, generation, reference, text, verdict
 from transcoder.runtime.config import check_grid, is_multimodal
 from transcoder.runtime.device import init_parallel
+from transcoder.runtime.fields import fields_of
 from transcoder.runtime.gradients import differentiate
 from transcoder.runtime.hooks import HfRecorder, MegatronRecorder, Record, write_log
 from transcoder.runtime.load import load
@@ -26,6 +27,8 @@ from transcoder.runtime.printing import Printer
 from transcoder.runtime.process import exchanged, place, shared, waiting_room
 from transcoder.runtime.session import Chosen, Conversation, Request, choose_dtype, open_model, ran, speaks
 from transcoder.runtime.voice import Voice
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how a config calls their number
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ def enter(config: dict[str, Any], mesh: Mesh, watch: Watch) -> None:
         raise UsageError("--backward: gradients are recorded of models for text", kind="backward")
     if watch.backward and mesh.ep * mesh.etp > 1:
         raise UsageError("--backward: experts must stay on one rank; leave --ep and --etp at 1", kind="backward")
+    if watch.backward and mesh.tp > 1 and fields_of(config, whole=False).get("multi_latent_attention"):
+        # it leaves the gradients of rotary keys, which all heads share, on the ranks of the heads
+        message = "--backward: megatron-core's latent attention needs all heads on one rank; leave --tp at 1"
+        raise UsageError(message, kind="backward")
     check_grid(normalise(config), mesh, place().world)
     init_parallel(mesh)
     if place().world > 1:
@@ -120,7 +127,7 @@ def compare(
 
 def judged_type(config: Mapping[str, Any], dtype: str) -> str:
     """The type whose logits decide: routers turn the smallest difference into another choice of experts."""
-    return "float32" if any(config.get(name) for name in ("num_experts", "num_local_experts")) else dtype
+    return "float32" if any(config.get(name) for name in EXPERTS) else dtype
 
 
 def watch_of(options: Mapping[str, Any]) -> Watch:

@@ -16,6 +16,7 @@ from transcoder.recipe import evaluate
 from transcoder.recipes import recipe_for
 from transcoder.recipes.blocks import UNMATCHED
 from transcoder.runtime.fields import Fields, config_class, fields_of, is_megatron, routed, unsupported
+from transcoder.runtime.switches import has_switch, translated, unbuilt
 
 # Whose logits were compared with those of transformers; the layers of others differ from those that are built here.
 CLASSES = (
@@ -27,7 +28,19 @@ CLASSES = (
     "MixtralForCausalLM",
     "Qwen2MoeForCausalLM",
     "OlmoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "KimiK2ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Dots1ForCausalLM",
     "Qwen2_5_VLForConditionalGeneration",
+    "GptOssForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Phi3ForCausalLM",
+    "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM",
+    "GraniteForCausalLM",
 )
 ACTIVATIONS = ("torch.nn.functional", "megatron.core.activations")
 
@@ -89,6 +102,7 @@ _RUNNING: Fields = {
     "moe_token_dispatcher_type": "allgather",
     "moe_router_load_balancing_type": "none",
     "moe_aux_loss_coeff": 0.0,
+    "mtp_num_layers": None,
 }
 
 
@@ -110,7 +124,7 @@ def _grid_fields(fields: Fields, mesh: Mesh) -> Fields:
 
 def _spelled(fields: Fields) -> Fields:
     """Fields whose values a configuration wants otherwise: functions, and what a YAML has as a list."""
-    found: Fields = {"activation_func": _function(fields.get("activation_func", SILU))}
+    found = translated(fields) | {"activation_func": _function(fields.get("activation_func", SILU))}
     if window := fields.get("window_size"):
         # Megatron Bridge's Gemma 3 counts the token itself
         found["window_size"] = (window - 1, 0) if isinstance(window, int) else tuple(window)
@@ -138,19 +152,20 @@ def configured(fields: Fields, mesh: Mesh, dtype: str = "float32") -> Any:
 def transformer_config(config: dict[str, Any], mesh: Mesh, dtype: str = "float32") -> Any:
     """The TransformerConfig of a parsed config.json. Raises InputError for what megatron-core has no place for."""
     fields = fields_of(config)
+    found = configured(fields, mesh, dtype)
     if family(config):
-        _check_values(config, fields)
-    if homeless := routed(fields).of_bridge:
-        raise unsupported(", ".join(homeless), "fields that megatron-core has")
-    return configured(fields, mesh, dtype)
+        _check_values(config, fields, found)
+    return found
 
 
-def _check_values(config: dict[str, Any], fields: Fields) -> None:
+def _check_values(config: dict[str, Any], fields: Fields, found: Any) -> None:
     recipe = recipe_for(architecture_of(config))
     values = normalise(config, recipe.defaults)
     for test, reason in recipe.checks.items():
-        if UNMATCHED in reason and evaluate(test, values):
+        if UNMATCHED in reason and not has_switch(reason) and evaluate(test, values):
             raise unsupported(reason, "a config without it")
+    if other := unbuilt(values, found):
+        raise unsupported(other, "what the layers here do")
     if "activation_func" not in fields and values.get("hidden_act") not in (None, "silu"):
         raise unsupported(f"hidden_act {values['hidden_act']!r}", "silu")
 
@@ -158,6 +173,9 @@ def _check_values(config: dict[str, Any], fields: Fields) -> None:
 def _limits(fields: Fields) -> Iterator[tuple[str, str, int]]:
     """(mesh, name, count) for what a mesh must divide."""
     yield "tp", "attention heads", int(fields["num_attention_heads"])
+    if fields.get("multi_latent_attention"):  # megatron-core cuts the down-projections and gathers what they give
+        yield "tp", "rows of the compressed query", int(fields["q_lora_rank"] or 0)
+        yield "tp", "rows of the latent", int(fields["kv_lora_rank"]) + int(fields["qk_pos_emb_head_dim"])
     sparse = sparse_layers(fields)
     if not all(sparse):
         yield "tp", "rows of the feed-forward", int(fields["ffn_hidden_size"])
@@ -174,6 +192,8 @@ def check_grid(config: dict[str, Any], mesh: Mesh, processes: int) -> None:
     fields = fields_of(config)
     mesh.check_positive()
     mesh.check(_limits(fields), int(fields["num_layers"]))
+    if mesh.etp > 1 and fields.get("add_bias_linear") and any(sparse_layers(fields)):
+        raise UsageError(f"--etp {mesh.etp}: experts with biases are not cut; leave it at 1", kind="mesh")
     groups = int(fields["num_query_groups"])
     if groups % mesh.tp and mesh.tp % groups:
         message = f"--tp {mesh.tp} and the {groups} query groups do not divide one another"

@@ -20,19 +20,19 @@ from transcoder.formats.torch_dist import open_torch_dist
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.megatronconfig import stored_fields
 from transcoder.planner import Model
-from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for, registry
+from transcoder.runtime.switches import OF_BRIDGE as TRANSLATED
+from transcoder.runtime.switches import Switches, switches_of
 from transcoder.sizing import axis_sizes, given_sizes
 
 # Megatron's own switches for layers that are not built here.
 SWITCHES = (
-    "multi_latent_attention",
     "is_hybrid_model",
     "experimental_attention_variant",
     "attention_output_gate",
     "layernorm_zero_centered_gamma",
-    "moe_router_enable_expert_bias",
     "glu_linear_offset",
+    "softmax_scale",  # Granite's, whose multipliers such a configuration lacks
 )
 RENAMED = {"seq_length": "max_sequence_length"}  # a field that models call otherwise
 # What a model asks its configuration for, though that has no such fields; `rotary.py` answers instead.
@@ -43,15 +43,8 @@ ASKED = (
     "yarn_beta_slow",
     "yarn_correction_range_round_to_int",
 )
-# What only the models of Megatron Bridge take.
-OF_BRIDGE = (
-    "_target_",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "interleaved_attn_pattern",
-    "query_pre_attn_scalar",
-    "rotary_base_local",
-)
+# What only the models of Megatron Bridge take; those that say something new are translated.
+OF_BRIDGE = ("_target_", "query_pre_attn_scalar", *TRANSLATED)
 NULLS = ("q_lora_rank",)  # None says something there, though megatron-core takes a number for what is not said
 MOST = 1 << 16  # layers, or layers times experts
 
@@ -59,17 +52,13 @@ Fields = dict[str, Any]
 
 
 @dataclass
-class ModelConfig(TransformerConfig):  # type: ignore[misc]
+class ModelConfig(Switches, TransformerConfig):  # type: ignore[misc]
     """TransformerConfig with what megatron-core has no field for."""
-
-    wide_qk_norm: bool = False  # norms of queries and keys over all heads at once
 
 
 @dataclass
-class LatentConfig(MLATransformerConfig):  # type: ignore[misc]
+class LatentConfig(Switches, MLATransformerConfig):  # type: ignore[misc]
     """The same for multi-latent attention."""
-
-    wide_qk_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,13 +93,7 @@ def fields_of(config: dict[str, Any], whole: bool = True) -> Fields:
     values = normalise(config, recipe.defaults)
     sizes = axis_sizes(recipe, values, MOST) if whole else given_sizes(recipe, values)[0]
     nulls = {name: None for name in NULLS if name in recipe.model}
-    return nulls | Model(recipe, values, sizes, "", ()).fields() | {"wide_qk_norm": _is_wide(recipe)}
-
-
-def _is_wide(recipe: Recipe) -> bool:
-    """Whether the norms of queries span the heads, by the layout of their weight."""
-    sides = (side for rule in recipe.rules for side in rule.mcore)
-    return any("q" in side.layout.axes for side in sides if side.name.endswith("q_layernorm.weight"))
+    return nulls | Model(recipe, values, sizes, "", ()).fields() | switches_of(recipe, values, sizes)
 
 
 def stored_model(folder: Path) -> Fields:
@@ -128,7 +111,17 @@ def stored_model(folder: Path) -> Fields:
         raise unsupported(f"normalization {fields.get('normalization')}", "RMSNorm")
     tensors = open_torch_dist(folder).tensors
     norms = [shape[-1] for key, (_, shape, _) in tensors.items() if key.endswith("q_layernorm.weight")]
-    return fields | {"wide_qk_norm": any(width != fields["kv_channels"] for width in norms)}
+    return _of_attention(fields) | {"wide_qk_norm": any(width != fields["kv_channels"] for width in norms)}
+
+
+def _of_attention(fields: Fields) -> Fields:
+    """Fields without those of latent attention, which Megatron-LM's arguments always have, where it is not used."""
+    if fields.get("multi_latent_attention"):
+        return dict.fromkeys(NULLS) | fields
+    classes = (MLATransformerConfig, TransformerConfig)
+    latent, plain = ({field.name for field in dataclasses.fields(each)} for each in classes)
+    alone = latent - plain - set(inspect.signature(GPTModel.__init__).parameters)
+    return {name: value for name, value in fields.items() if name not in alone}
 
 
 def _act(found: Fields) -> str:

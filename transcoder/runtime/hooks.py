@@ -19,6 +19,7 @@ from megatron.core import parallel_state as mpu
 from transcoder.runtime.pairing import Part, Parts, global_name
 from transcoder.runtime.sketches import plain, sketch, statistics
 
+LOGITS = "logits"  # what a model in transformers gives, and what its records are called
 Record = dict[str, Any]
 
 
@@ -46,14 +47,17 @@ def _first(values: Any) -> Any:
 class Recorder:
     """Hooks on every module of a model, and the records that they make; subclasses say what is shared."""
 
+    whole = ""  # how the model itself is called, if it counts
+
     def __init__(self, model: Any, kind: str, gradients: bool = False) -> None:
         self.records: list[Record] = []
         self.backward: list[Record] = []
         self.kind, self.gradients, self.model = kind, gradients, model
+        self.linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         self._taken: dict[int, Any] = {}
         self._handles: list[Any] = []
         for name, module in model.named_modules():
-            if name:
+            if name or self.whole:
                 before, after = self._before(self.named(name)), self._after(name)
                 self._handles += [
                     module.register_forward_pre_hook(before, with_kwargs=True),
@@ -97,13 +101,15 @@ class Recorder:
         return note
 
     def _after(self, name: str) -> Any:
-        def note(module: Any, _positional: Any, _keywords: Any, outputs: Any) -> None:
+        def note(module: Any, positional: Any, keywords: Any, outputs: Any) -> None:
             inputs, parts = self._taken.pop(id(module), ([], []))
+            head = self._head(name, module)
+            head["module"] += _kind(name, (*positional, *keywords.values()))
             weights = dict(module.named_parameters(recurse=False))
             self.records.append(
-                self._head(name, module)
+                head
                 | {"inputs": inputs, "outputs": _described(outputs), "weights": _described(weights)}
-                | {"parts": parts + self.shared(self.named(name), "output", outputs)}
+                | {"parts": parts + self.shared(head["module"], "output", outputs)}
             )
             if self.gradients:
                 self._follow(self._head(name, module), outputs)
@@ -120,12 +126,27 @@ class Recorder:
         return {"layout": "[b, s, h]"}
 
 
+def _kind(name: str, inputs: tuple[Any, ...]) -> str:
+    """The kind of layers that a rotation is asked for, where there are several; it stands behind the module's name."""
+    told = (each for each in inputs if isinstance(each, str) and name.endswith(".rotary_emb"))
+    return next((f".{kind}" for kind in told), "")
+
+
 class HfRecorder(Recorder):
-    """Of a transformers model: every module has its own name on both sides."""
+    """Of a transformers model: every module has its own name on both sides, the model that of what it gives."""
+
+    whole = LOGITS
+
+    def named(self, name: str) -> str:
+        """How a module is called in the records."""
+        return name or self.whole
 
     def shared(self, name: str, side: str, values: Any) -> list[Record]:
         """The first tensor; a router's probabilities, rotary cosines and sines."""
-        rows = _hf_rows(values) if side == "output" else _rows(_first(values))
+        if name in self.linear:
+            rows = _first(values).flatten(0, -2)  # latents are [batch, 1, positions, features]
+        else:
+            rows = _hf_rows(values) if side == "output" else _rows(_first(values))
         if rows is None:
             return []
         alike = side == "output" and name.endswith(".experts")
@@ -136,11 +157,26 @@ def _hf_rows(values: Any) -> Any:
     if isinstance(values, tuple) and len(values) == 3 and _is_choice(values[2]):
         logits, scores, chosen = values
         return torch.zeros(logits.shape, dtype=scores.dtype, device=scores.device).scatter(1, chosen, scores)
-    if isinstance(values, tuple) and len(values) == 2 and all(isinstance(each, torch.Tensor) for each in values):
-        return _rows(torch.cat(values, dim=-1)) if values[0].dim() == 3 else None  # cosines and sines
-    if not isinstance(values, torch.Tensor | tuple):
+    if isinstance(values, torch.Tensor) and values.is_complex():  # a rotation in DeepSeek V2
+        return _rows(torch.cat([values.real, values.imag], dim=-1))
+    if _is_turn(values):
+        return _rows(_turns(*values)) if values[0].dim() == 3 else None
+    if not isinstance(values, torch.Tensor | tuple) and not (isinstance(values, Mapping) and LOGITS in values):
         return None
     return _rows(_first(values))
+
+
+def _is_turn(values: Any) -> bool:
+    """Whether these are cosines and sines."""
+    tensors = isinstance(values, tuple) and all(isinstance(each, torch.Tensor) for each in values)
+    return tensors and len(values) == 2 and values[0].shape == values[1].shape
+
+
+def _turns(cosines: Any, sines: Any) -> Any:
+    """Cosines and sines of each angle once: most models have the same ones for both halves of a head."""
+    first, second = cosines.chunk(2, dim=-1)
+    count = first.shape[-1] if first.shape == second.shape and torch.equal(first, second) else cosines.shape[-1]
+    return torch.cat([cosines[..., :count], sines[..., :count]], dim=-1)
 
 
 def _is_choice(value: Any) -> bool:
@@ -151,6 +187,8 @@ def _rows(tensor: Any) -> Any:
     """[batch, positions, ...] or [tokens, features] as [tokens, features]; None for anything else."""
     if tensor is None or tensor.dim() < 2:
         return None
+    if tensor.dim() == 4 and tensor.stride(1) < tensor.stride(2):  # heads were put in front of positions
+        tensor = tensor.transpose(1, 2)
     return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1) if tensor.dim() > 2 else tensor
 
 
@@ -184,7 +222,7 @@ class MegatronRecorder(Recorder):
 
     def _sharing(self, name: str) -> Any:
         """The ranks that use one weight for different things: norms of heads, and words that go in and come out."""
-        if name.endswith(("q_layernorm", "k_layernorm")):
+        if name.endswith(("q_layernorm", "k_layernorm")) and not self.model.config.multi_latent_attention:
             return mpu.get_tensor_model_parallel_group()
         tied = getattr(self.model, "share_embeddings_and_output_weights", False)
         if tied and name in ("embedding.word_embeddings", "output_layer"):
@@ -203,7 +241,7 @@ class MegatronRecorder(Recorder):
         if part.how == "experts":
             numbers, how = sketch(tensor, tokens_alike=True), "experts"
         elif part.how == "angles":
-            numbers, how = sketch(self._angles(tensor)), "whole"
+            numbers, how = sketch(self._angles(tensor, part.here)), "whole"
         elif part.how == "heads":
             numbers, how = self._heads(name, _megatron_rows(name, tensor)), "cut"
         else:
@@ -212,12 +250,17 @@ class MegatronRecorder(Recorder):
             numbers, how = sketch(rows, part.there), part.how
         return {"hf": part.hf, "side": part.side, "how": how, "sketch": _plain(numbers)}
 
-    def _angles(self, tensor: Any) -> Any:
-        """Cosines and sines as attention uses them: with megatron's factor, rounded to the model's type."""
-        stretch = getattr(self.model.config, "yarn_rotary_scaling_factor", None)
+    def _angles(self, tensor: Any, kind: int | None) -> Any:
+        """Cosines and sines as attention uses them: with megatron's factor, rounded to the model's type.
+
+        kind: which of several rotations, of which the first alone has the factor.
+        """
+        config, tensor = self.model.config, tensor if kind is None else tensor[kind]
+        stretch = None if kind else getattr(config, "yarn_rotary_scaling_factor", None)
         factor = 0.1 * math.log(stretch) + 1.0 if stretch else 1.0
         rows = _rows(tensor.transpose(0, 1))
-        return (torch.cat([rows.cos(), rows.sin()], dim=-1) * factor).to(self.model.config.params_dtype)
+        turns = _turns(rows.cos() * factor, rows.sin() * factor)
+        return turns if config.wide_rotation else turns.to(config.params_dtype)
 
     def _heads(self, name: str, rows: Any) -> list[float]:
         """This rank's share of a sum over all heads; ranks may have the same ones."""

@@ -24,6 +24,12 @@ def visible_mask(queries: int, keys: int, left: int | None, device: Any) -> Any:
     return visible if left is None else visible & (key >= query - left)
 
 
+def _narrow(_module: Any, inputs: Any) -> Any:
+    """Queries and keys in the type of the values, before they are cached."""
+    query, key, value, *rest = inputs
+    return (query.to(value.dtype), key.to(value.dtype), value, *rest)
+
+
 class CoreAttention(torch.nn.Module):  # type: ignore[misc]
     """Causal attention on torch's SDPA, with grouped keys and a sliding window."""
 
@@ -32,6 +38,8 @@ class CoreAttention(torch.nn.Module):  # type: ignore[misc]
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.left: int | None = config.window_size[0] if windowed else None
         self.scale = softmax_scale
+        if config.wide_rotation:
+            self.register_forward_pre_hook(_narrow)
 
     def _mask(self, query: Any, key: Any) -> Any:
         """The explicit mask, or None where `is_causal` or no mask says the same."""
@@ -54,15 +62,14 @@ class CoreAttention(torch.nn.Module):  # type: ignore[misc]
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
 
-def rms_norm(hidden: Any, weight: Any, eps: float) -> Any:
-    """Normalise in float32, round to the model's type, then multiply, as Hugging Face does."""
+def normalised(hidden: Any, eps: float) -> Any:
+    """Hidden states in float32, of mean square 1."""
     wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(hidden.dtype)
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class HFNorm(torch.nn.Module):  # type: ignore[misc]
-    """RMSNorm that rounds where Hugging Face rounds."""
+    """RMSNorm that rounds where Hugging Face rounds: from float32 to the model's type, before the weight."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_kwargs: Any) -> None:
         super().__init__()
@@ -71,7 +78,11 @@ class HFNorm(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, hidden: Any) -> Any:
         """The normalised hidden states."""
-        return rms_norm(hidden, self.weight, self.eps)
+        return self.weighted(normalised(hidden, self.eps), self.weight, hidden.dtype)
+
+    def weighted(self, wide: Any, weight: Any, dtype: Any) -> Any:
+        """What is normalised in float32, times the weight."""
+        return weight * wide.to(dtype)
 
 
 class WideNorm(HFNorm):
@@ -83,14 +94,14 @@ class WideNorm(HFNorm):
         size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
         width_here = hidden.shape[2] * hidden.shape[3]
         copies = size * width_here // width  # ranks with the same heads, when there are fewer groups than ranks
-        total = wide.pow(2).sum((2, 3), keepdim=True)
+        total = wide.pow(2).flatten(2).sum(-1)[..., None, None]
         if size > 1:  # every rank's result depends on the sum: its gradient is the sum of theirs
             total = reduce_from_tensor_model_parallel_region(total.contiguous())
             total = copy_to_tensor_model_parallel_region(total)
         wide = wide * torch.rsqrt(total / (copies * width) + self.eps)
         start = rank // copies * width_here
         weight = self.weight[start : start + width_here].view(hidden.shape[2:])
-        return weight * wide.to(hidden.dtype)
+        return self.weighted(wide, weight, hidden.dtype)
 
 
 class WideQueryNorm(WideNorm):
@@ -112,7 +123,7 @@ class HFRouter(TopKRouter):  # type: ignore[misc]
 
     def gating(self, input: Any) -> Any:
         """Logits of the experts."""
-        return functional.linear(input, self.weight).float()
+        return functional.linear(input, self.weight, getattr(self, "bias", None)).float()
 
 
 class HFColumnLinear(ColumnParallelLinear):  # type: ignore[misc]

@@ -37,7 +37,9 @@ from transcoder.runtime.cache import KVCache  # noqa: E402
 from transcoder.runtime.config import check_grid, is_multimodal, model_arguments, transformer_config  # noqa: E402
 from transcoder.runtime.decoding import Recorded, recordable  # noqa: E402
 from transcoder.runtime.fields import stored_model  # noqa: E402
-from transcoder.runtime.rotary import MultimodalRotary, Rotary, rotary  # noqa: E402
+from transcoder.runtime.joining import complete  # noqa: E402
+from transcoder.runtime.latent import share_angles  # noqa: E402
+from transcoder.runtime.rotary import MultimodalRotary, Rotary, TwoRotations, local_rotary, rotary  # noqa: E402
 from transcoder.runtime.specs import local_layers  # noqa: E402
 
 
@@ -75,7 +77,7 @@ def _construct(config: dict[str, Any], mcore: Any, layers: Any, tp: int) -> Any:
 
 def _set_factor(mcore: Any, factor: float) -> None:
     """Give megatron the factor on cos and sin: it takes it from an attribute that not every configuration has."""
-    if factor < 1.0:
+    if factor < 1.0 and not mcore.multi_latent_attention:
         raise ValueError(f"a rotary attention factor below 1 ({factor}) is not supported")
     if factor != 1.0:
         mcore.yarn_rotary_scaling_factor = math.exp((factor - 1.0) / 0.1)
@@ -103,6 +105,11 @@ def build_model(
         layers = local_layers(mcore) if isinstance(layer_spec, str) else layer_spec(mcore)
         model = _construct(config, mcore, layers, mesh.tp)
     model.rotary_pos_emb = (MultimodalRotary if is_multimodal(config) else Rotary)(inv_freq.to(device))
+    if (local := local_rotary(config)) is not None:
+        model.rotary_pos_emb = TwoRotations(inv_freq.to(device), local.to(device))
+    if mcore.multi_latent_attention:
+        share_angles(model, factor)
+    complete(model)
     cast_parameters(model, mcore.params_dtype)
     return model.eval()
 

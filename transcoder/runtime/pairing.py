@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,12 @@ from transcoder.importing import ImportPlan, plan_import
 from transcoder.mesh import Mesh
 from transcoder.moves import Copy
 from transcoder.planner import HfTensor
+from transcoder.runtime.joining import finishes
 from transcoder.runtime.matching import matched
 from transcoder.runtime.omitted import optional_parts
+from transcoder.runtime.rotary import FULL
 from transcoder.runtime.shards import Target, shards_of
+from transcoder.runtime.switches import SLIDING
 from transcoder.spec import DTYPES, Box, Chunk, TensorSpec
 
 SPELLINGS = ((".", "."), ("model.", "model.language_model."), (".block_sparse_moe.", ".mlp."))  # files, transformers
@@ -69,26 +72,40 @@ def pair(model: Any, folder: Path, hf_modules: Container[str]) -> Parts:
         for tensor, numbers in found.items():
             parts += _parts(name.removesuffix(".weight"), tensor, numbers, offset, hf_modules)
     parts += [each for name, part in parts for each in _around(name, part)]
-    parts += [("rotary_pos_emb", Part(each, "output", "angles")) for each in _rotaries(hf_modules)]
+    parts += [("rotary_pos_emb", part) for part in _rotations(hf_modules, bool(model.config.local_rotary_base))]
     if model.post_process:
-        parts.append(("output_layer", Part("lm_head", "output", here=torch.arange(model.real_vocab))))
+        last = "logits" if finishes(model.config) else "lm_head"
+        parts.append(("output_layer", Part(last, "output", here=torch.arange(model.real_vocab))))
     return _grouped(parts)
 
 
-def _rotaries(hf_modules: Container[str]) -> list[str]:
-    return [name for name in ("model.rotary_emb", "model.language_model.rotary_emb") if name in hf_modules]
+def _rotations(hf_modules: Container[str], two: bool) -> Iterator[Part]:
+    """The rotation, or that of layers that see all tokens and that of layers with windows."""
+    for name in ("model.rotary_emb", "model.language_model.rotary_emb"):
+        kinds = ((f".{FULL}", 0), (f".{SLIDING}", 1)) if two else (("", None),)
+        if name in hf_modules:
+            yield from (Part(f"{name}{kind}", "output", "angles", here) for kind, here in kinds)
 
 
 def _grouped(parts: Sequence[tuple[str, Part]]) -> Parts:
     """Each pair once: core attention's output stands for the input of the layer behind it."""
-    found: Parts = {}
-    seen: set[tuple[str, str, str]] = set()
+    found: dict[tuple[str, str, str], Part] = {}
     for name, part in parts:
         key = (name, part.hf, part.side)
-        if key not in seen and not (name.endswith(".linear_proj") and part.side == "input"):
-            seen.add(key)
-            found.setdefault(name, []).append(part)
-    return found
+        if not (name.endswith(".linear_proj") and part.side == "input"):
+            found[key] = _joined(found[key], part) if key in found else part
+    grouped: Parts = {}
+    for (name, _, _), part in found.items():
+        grouped.setdefault(name, []).append(part)
+    return grouped
+
+
+def _joined(one: Part, other: Part) -> Part:
+    """A module's outputs that are one tensor's in a file and two of the model's, as those of gate and up."""
+    if one.side == "input" or one.there is None:
+        return one
+    numbers = {name: torch.cat([getattr(each, name) for each in (one, other)]) for name in ("here", "there")}
+    return replace(one, **numbers)
 
 
 def _targets(model: Any, folder: Path) -> tuple[ImportPlan, list[Target]]:
@@ -201,7 +218,7 @@ def _parts(
     elif name.endswith(".word_embeddings"):
         yield name, Part(hf, "output")
     elif numbers.counts[1] == 1:
-        how = "heads" if name.endswith(("q_layernorm", "k_layernorm")) else "whole"
+        how = "heads" if hf.endswith(("q_norm", "k_norm")) else "whole"
         yield from ((name, Part(hf, side, how)) for side in ("input", "output"))
     else:
         yield from _linear(name, hf, numbers, offset)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from transcoder.errors import UsageError, refuse
+from transcoder.recipes import registry
 from transcoder.runtime.session import Request
 from transcoder.runtime.vision import image_token
 
@@ -18,8 +19,10 @@ def model_class(config: Mapping[str, Any], wanted: str | None) -> Any:
     import transformers
 
     name = wanted or config["architectures"][0]
-    found = getattr(transformers, name, None)
-    if not hasattr(found, "from_pretrained"):
+    same = registry()[name].hf if not wanted and name in registry() else ()  # such as DeepSeek-V3, which Kimi K2 is
+    classes = [getattr(transformers, each, None) for each in (name, *same)]
+    found = next((each for each in classes if hasattr(each, "from_pretrained")), None)
+    if found is None:
         raise UsageError(f"--model_class {name}: transformers has no such model class", kind="model-class")
     return found
 
@@ -30,14 +33,25 @@ def load_reference(folder: Path, config: Mapping[str, Any], wanted: str | None, 
 
     disable_progress_bar()
     kind = model_class(config, wanted)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa", "local_files_only": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
+    options["attn_implementation"] = "sdpa" if kind._supports_sdpa else "eager"
     if "num_experts_per_tok" in config:  # the grouped product wants rows of 16 bytes
         options["experts_implementation"] = "eager"
     try:
-        model = kind.from_pretrained(folder, trust_remote_code=False, **options)
+        model = kind.from_pretrained(folder, trust_remote_code=False, **options, **_typed(kind, folder, config))
     except Exception as error:  # safetensors raises an Exception of its own for a damaged file
         raise refuse("reference", f"{folder}: transformers cannot load the model: {error}") from error
     return model.to(device).eval()
+
+
+def _typed(kind: Any, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a class whose type the file does not name, as Kimi K2's: the type says how the weights are read."""
+    own = getattr(getattr(kind, "config_class", None), "model_type", "")
+    if own in ("", config.get("model_type")):
+        return {}
+    found = kind.config_class.from_pretrained(folder, local_files_only=True)
+    found.model_type = own
+    return {"config": found}
 
 
 def widen(model: Any) -> Any:

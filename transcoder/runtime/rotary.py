@@ -9,9 +9,11 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import Multimod
 
 from transcoder.errors import Problem, refuse
 from transcoder.hfconfig import normalise
-from transcoder.runtime.fields import Fields, fields_of, is_megatron
+from transcoder.runtime.fields import Fields, fields_of, is_megatron, unsupported
+from transcoder.runtime.switches import SLIDING, translated
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the frequencies of all others change with the length
+FULL = "full_attention"  # whose settings stand beside those of `sliding_attention`
 PLAIN = {"architectures": ["LlamaForCausalLM"]}  # settings alone, without a class, mean the same in any
 
 
@@ -23,16 +25,20 @@ def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     """One spelling of the rotary settings: always with `rope_type` and `rope_theta`. Raises InputError."""
     fields = _fields(config)
     raw = _stored(fields) if is_megatron(config) else _spelled(normalise(config))
+    raw = dict(raw.get(FULL) or raw)
     kind = raw.pop("type", None) or "default"
     if raw.get("rope_type") in (None, "mrope"):
         raw["rope_type"] = kind
     if raw["rope_type"] == "mrope":  # positions with three rows say nothing about frequencies
         raw["rope_type"] = "default"
-    raw["rope_theta"] = float(fields["rotary_base"])
-    if raw["rope_type"] not in ROPE_TYPES:
-        problem = Problem(file="config.json", expected=", ".join(ROPE_TYPES), found=f"rope_type {raw['rope_type']!r}")
+    return _known(raw | {"rope_theta": float(fields["rotary_base"])})
+
+
+def _known(rope: dict[str, Any]) -> dict[str, Any]:
+    if rope["rope_type"] not in ROPE_TYPES:
+        problem = Problem(file="config.json", expected=", ".join(ROPE_TYPES), found=f"rope_type {rope['rope_type']!r}")
         raise refuse("rope", "the runtime does not know this rotary embedding", [problem])
-    return raw
+    return rope
 
 
 def _spelled(values: dict[str, Any]) -> dict[str, Any]:
@@ -46,9 +52,12 @@ def _stored(fields: Fields) -> dict[str, Any]:
         return {"rope_type": "llama3", "factor": fields.get("rope_scaling_factor") or 8.0, **fixed}
     if factor := fields.get("seq_len_interpolation_factor"):
         return {"rope_type": "linear", "factor": factor}
+    names = ("original_max_position_embeddings", "beta_fast", "beta_slow")
+    if fields.get("rope_type") == "yarn":  # of latent attention
+        found = {name: fields[name] for name in (*names, "mscale", "mscale_all_dim") if name in fields}
+        return {"rope_type": "yarn", "factor": fields["rotary_scaling_factor"], **found}
     if fields["position_embedding_type"] != "yarn":
         return {}
-    names = ("original_max_position_embeddings", "beta_fast", "beta_slow")
     found = {name: fields[f"yarn_{name}"] for name in names if f"yarn_{name}" in fields}
     whole = fields.get("yarn_correction_range_round_to_int", True)
     return {"rope_type": "yarn", "factor": fields["yarn_rotary_scaling_factor"], "truncate": whole, **found}
@@ -68,7 +77,23 @@ def _scaled_rope(size: int, length: int, rope: dict[str, Any]) -> tuple[Any, flo
 
 def rotary(config: dict[str, Any]) -> tuple[Any, float]:
     """Inverse frequencies (float32) and the factor on cos and sin."""
-    rope, fields = rope_settings(config), _fields(config)
+    return _frequencies(rope_settings(config), _fields(config))
+
+
+def local_rotary(config: dict[str, Any]) -> Any:
+    """Inverse frequencies of layers with windows, where these have their own; else None."""
+    fields = _fields(config)
+    base = (fields | translated(fields)).get("local_rotary_base")
+    if not base:
+        return None
+    given = _spelled(normalise(config)).get(SLIDING) or {}
+    inv_freq, factor = _frequencies(_known({"rope_type": "default"} | given | {"rope_theta": float(base)}), fields)
+    if factor != 1.0:
+        raise unsupported(f"a factor of {factor} on the rotation of layers with windows", "none")
+    return inv_freq
+
+
+def _frequencies(rope: dict[str, Any], fields: Fields) -> tuple[Any, float]:
     head = fields.get("qk_pos_emb_head_dim") or fields["kv_channels"]
     size = head if "qk_pos_emb_head_dim" in fields else int(head * fields.get("rotary_percent", 1.0))
     if rope["rope_type"] != "default":
@@ -92,6 +117,19 @@ class Rotary(RotaryEmbedding):  # type: ignore[misc]
             positions = torch.arange(offset, offset + max_seq_len, device=self.inv_freq.device)[None]
         angles = positions.T.to(self.inv_freq)[..., None] * self.inv_freq
         return torch.cat((angles, angles), dim=-1)[:, :, None, :]
+
+
+class TwoRotations(Rotary):
+    """Angles [2, positions, batch or 1, 1, head size]: of layers that see all tokens, of those with windows."""
+
+    def __init__(self, inv_freq: Any, local: Any) -> None:
+        super().__init__(inv_freq)
+        self.local = Rotary(local)
+
+    def forward(self, *positional: Any, **named: Any) -> Any:
+        """Both kinds, at the same positions."""
+        self.local.positions = self.positions
+        return torch.stack((super().forward(*positional, **named), self.local.forward(*positional, **named)))
 
 
 class MultimodalRotary(MultimodalRotaryEmbedding):  # type: ignore[misc]

@@ -18,13 +18,23 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        options = {"local_files_only": True, "trust_remote_code": False, **_unknown(folder)}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise refuse("tokenizer", f"{folder}: cannot load the tokenizer: {error}") from error
     template = folder / "chat_template.json"  # where processors of transformers 4 keep it
     if template.is_file():
         tokenizer.chat_template = read_json(template, CONFIG_LIMIT).get("chat_template", tokenizer.chat_template)
     return tokenizer
+
+
+def _unknown(folder: Path) -> dict[str, Any]:
+    """A config in place of one whose type transformers does not know, as Kimi K2's: it cannot read some of these."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    path = folder / "config.json"
+    known = not path.is_file() or read_json(path, CONFIG_LIMIT).get("model_type") in CONFIG_MAPPING
+    return {} if known else {"config": PreTrainedConfig()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,139 @@
+"""GPT-OSS, Gemma 2 and 3, Phi-3 and 4, OLMo 2 and 3 and Granite say what they say in transformers, on every grid."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "megatron"))
+from generating import ask_transformers, launch, model_of, request_of, steps_of, tokens_of
+from shaped_models import DENSE, KINDS, VOCABULARY, WINDOW, make_model
+
+import transcoder
+from transcoder.hfconfig import read_config
+from transcoder.runtime import reference
+from transcoder.runtime.cache import KVCache
+from transcoder.runtime.device import shutdown
+from transcoder.runtime.model import stage_forward
+
+CLASSES = tuple(dict.fromkeys(name for _, _, name in KINDS.values()))
+LENGTH, LIMIT, WORDS = 60, 8, "The assert statement!! is of a convenient length."
+HALVES = ({"tp": 2}, {"pp": 2}, {"ep": 2})
+QUARTERS = ({"tp": 2, "pp": 2}, {"tp": 2, "pp": 2, "ep": 2}, {"tp": 4}, {"pp": 4}, {"tp": 4, "ep": 4})
+TARGETS = {"gpt-oss": {"norm_names": "local"}, "gemma2": {"layout": "per-layer"}, "olmo3": {"layout": "singleton"}}
+TOLERANCE = 1e-4  # of the standard deviation of the logits
+
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[None]:
+    """Process groups of this module are gone after it."""
+    yield
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A function from a kind to its directory."""
+    root = tmp_path_factory.mktemp("shaped")
+    return cache(lambda kind: make_model(kind, root / kind))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A function from a kind to a Megatron checkpoint of it."""
+    root = tmp_path_factory.mktemp("converted")
+
+    @cache
+    def make(kind: str) -> Path:
+        transcoder.hf2mcore(models(kind), root / kind, tp=2, sync=False, **TARGETS.get(kind, {}))
+        return root / kind
+
+    return make
+
+
+def opened(folder: Path, dtype: str = "float32") -> Any:
+    """The model in transformers."""
+    return reference.load_reference(folder, read_config(folder), None, dtype, "cpu")
+
+
+@pytest.fixture(scope="module")
+def references(models: Models) -> Callable[[str], Any]:
+    """A function from a kind to the model in transformers."""
+    return cache(lambda kind: opened(models(kind)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_rank_has_the_logits_and_the_tokens_of_transformers(
+    kind: str, models: Models, checkpoints: Models, references: Callable[[str], Any]
+) -> None:
+    folder, theirs = models(kind), references(kind)
+    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    want, ours = theirs(tokens).logits, model_of(folder)
+    logits = stage_forward(ours, tokens)
+    assert logits.shape == want.shape and float((logits - want).abs().max()) <= TOLERANCE * float(want.std())
+    assert torch.equal(stage_forward(model_of(folder, checkpoints(kind)), tokens), logits)
+    store = KVCache(ours, 2, LENGTH)
+    parts = [stage_forward(ours, part, cache=store) for part in tokens.split([40, 15, 1, 1, 1, 1, 1], dim=1)]
+    assert float((torch.cat(parts, 1) - logits).abs().max()) <= TOLERANCE * float(want.std())
+    request = request_of(folder, WORDS)
+    said = [tokens_of(steps_of(ours, folder, request, LIMIT, cached)) for cached in (True, False)]
+    assert said[0] == said[1] == ask_transformers(theirs, request.ids, LIMIT)
+    assert len(request.ids) > 2 * WINDOW
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", DENSE)
+def test_dense_models_in_bfloat16_have_the_bits_of_transformers(kind: str, models: Models) -> None:
+    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+    want = opened(models(kind), "bfloat16")(tokens).logits
+    assert torch.equal(stage_forward(model_of(models(kind), dtype="bfloat16"), tokens), want)
+    assert want.dtype == torch.bfloat16 and len(want.unique()) > 500
+
+
+def check_grids(
+    world: int, grids: Any, models: Models, checkpoints: Models, references: Callable[[str], Any], folder: Path
+) -> None:
+    """Every kind on every grid that it has, from the Hugging Face files and from the checkpoint in turn."""
+    pairs = [(kind, grid) for kind in KINDS for grid in grids if kind not in DENSE or "ep" not in grid]
+    sources = [(models, checkpoints)[number % 2] for number in range(len(pairs))]
+    cases = [
+        {"hf": str(models(kind)), "weights": str(source(kind)), "prompt": WORDS, "limit": LIMIT, **grid}
+        for (kind, grid), source in zip(pairs, sources, strict=True)
+    ]
+    found, _ = launch(cases, world, folder)
+    for (kind, grid), result in zip(pairs, found, strict=True):
+        ids, theirs = request_of(models(kind), WORDS).ids, references(kind)
+        with torch.no_grad():
+            want = theirs(torch.tensor([ids])).logits[0].double()
+        error = float((torch.tensor(result["logits"]) - want).abs().max())
+        assert error <= TOLERANCE * float(want.std()), (kind, grid)
+        assert result["gap"] > 4 * error, (kind, grid)  # no token is a matter of rounding
+        assert result["tokens"] == ask_transformers(theirs, ids, LIMIT), (kind, grid)
+    assert len({token for result in found for token in result["tokens"]}) > LIMIT
+
+
+def test_two_ranks_have_the_logits_and_the_tokens_of_transformers(
+    models: Models,
+    checkpoints: Models,
+    references: Callable[[str], Any],
+    tmp_path: Path,
+    proves: Callable[..., None],
+) -> None:
+    proves("logits", *CLASSES)
+    check_grids(2, HALVES, models, checkpoints, references, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks_have_the_logits_and_the_tokens_of_transformers(
+    models: Models, checkpoints: Models, references: Callable[[str], Any], tmp_path: Path
+) -> None:
+    check_grids(4, QUARTERS, models, checkpoints, references, tmp_path)
