@@ -102,13 +102,14 @@ def _trackers(plan: ImportPlan, linked: bool) -> dict[str, bytes]:
 
 
 def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, Any]]) -> dict[str, Any]:
+    original = plan.source.weights.catalog
     tensors = [
         {
             "name": name,
             "dtype": tensor.family.dtype(plan.dtype).safetensors,
             "shape": list(tensor.shape),
             "tree": digests[name],
-            "exact": plan.source.weights.catalog[name].dtype == tensor.family.dtype(plan.dtype),
+            "exact": name in original and original[name].dtype == tensor.family.dtype(plan.dtype),
         }
         for name, tensor in plan.model.hf.items()
     ]
