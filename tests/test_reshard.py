@@ -84,3 +84,35 @@ def test_damage_of_the_source_is_refused(tmp_path: Path) -> None:
     refused = transcode("reshard", tmp_path / "one", tmp_path / "two", "--tp", 2)
     assert (refused.code, "checksum" in refused.err) == (3, True), refused.err
     assert not (tmp_path / "two").exists()
+
+
+def test_linked_files_share_their_blocks(tmp_path: Path) -> None:
+    transcoder.hf2mcore(EXAMPLE, tmp_path / "one", tp=2)
+    succeed("reshard", tmp_path / "one", tmp_path / "two", "--link", "--tp", 2, "--iteration", 7, "--verify")
+    old, new = tmp_path / "one" / "iter_0000000", tmp_path / "two" / "iter_0000007"
+    names = sorted(path.name for path in old.glob("*.distcp"))
+    assert names == sorted(path.name for path in new.glob("*.distcp"))
+    assert all((old / name).stat().st_ino == (new / name).stat().st_ino for name in names)
+    transcoder.check(tmp_path / "two")
+    transcoder.mcore2hf(tmp_path / "two", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(EXAMPLE)
+
+
+def test_linked_files_get_other_names_for_norms(tmp_path: Path) -> None:
+    transcoder.hf2mcore(zoo.made("qwen3-moe"), tmp_path / "one", ep=2, norm_names="local")
+    transcoder.reshard(tmp_path / "one", tmp_path / "two", link=True, norm_names="te", ep=2)
+    transcoder.check(tmp_path / "two")
+    keys = transcoder.open_checkpoint(tmp_path / "two")
+    assert keys.keys() != transcoder.open_checkpoint(tmp_path / "one").keys()
+    assert any(key.endswith("layer_norm_weight") for key in keys)
+    transcoder.mcore2hf(tmp_path / "two", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(zoo.made("qwen3-moe"))
+
+
+@pytest.mark.parametrize("option", [{"dtype": "float32"}, {"layout": "per-layer"}])
+def test_bytes_that_would_change_are_not_linked(tmp_path: Path, option: dict[str, str]) -> None:
+    transcoder.hf2mcore(EXAMPLE, tmp_path / "one")
+    words = [f"--{name}={value}" for name, value in option.items()]
+    refused = transcode("reshard", tmp_path / "one", tmp_path / "two", "--link", *words)
+    assert (refused.code, "--link" in refused.err) == (2, True), refused.err
+    assert not (tmp_path / "two").exists()

@@ -27,7 +27,10 @@ PLACE = [
     click.option("--make-vocab-size-divisible-by", default=128, show_default=True, metavar="N"),
 ]
 MEGATRON = [FORM, LAYOUT, click.option("--norm-names", default="te", type=NORMS, help="whose norm names"), *PLACE]
-RESHAPE = [FORM, LAYOUT, click.option("--norm-names", default=None, type=NORMS, help="whose norm names"), *PLACE]
+RESHAPE = [
+    *(FORM, LAYOUT, click.option("--norm-names", default=None, type=NORMS, help="whose norm names"), *PLACE),
+    click.option("--link", is_flag=True, help="hard-link payload files, where no byte of them changes"),
+]
 REFERENCE = [click.option("--hf-model", default=None, metavar="DIR", help="config, tokenizer and shard map to use")]
 MTP = [
     click.option(

@@ -101,11 +101,13 @@ def plan_reshard(
     iteration: int | str = "both",
     hf_model: PathLike | None = None,
     arch: str = "",
+    link: bool = False,
 ) -> ReshardPlan:
     """The plan of Megatron → Megatron, decided and proved from metadata alone. Raises TranscoderError.
 
     tp, pp, ep, etp: the new grid. layout, norm_names, dtype: as the source has them, by default. hf_model, arch: as in
-    `plan_mcore2hf`, for checkpoints that do not say what they hold.
+    `plan_mcore2hf`, for checkpoints that do not say what they hold. link: hard-link the payload files, where no byte of
+    them has to change; the grid is then only what common.pt says of it.
     """
     from transcoder import resharding
     from transcoder.mapped import reading
@@ -121,4 +123,5 @@ def plan_reshard(
             dtype=dtype,
             divisor=make_vocab_size_divisible_by,
             iteration=iteration,
+            link=link,
         )

@@ -17,6 +17,7 @@ from transcoder.errors import UsageError
 from transcoder.formats.huggingface import HfDirectory, side_files
 from transcoder.formats.torch_dist_writer import SETS, TorchDistWriter, place
 from transcoder.importing import ImportPlan, check_layout, wanted_chunks
+from transcoder.linking import known_digests, link_files, linked_placement
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.mesh import Mesh
 from transcoder.planner import HfTensor, Model, build_model
@@ -37,6 +38,7 @@ class ReshardPlan:
 
     source: Megatron
     target: ImportPlan  # its source is what is known of the original's files
+    link: bool = False  # whether the payload files stay as they are
 
 
 def plan_reshard(
@@ -50,15 +52,20 @@ def plan_reshard(
     dtype: str = "",
     divisor: int = 128,
     iteration: int | str = "both",
+    link: bool = False,
 ) -> ReshardPlan:
-    """The plan. layout, norm_names, dtype: as the source has them by default. Raises InputError, UsageError."""
+    """The plan. layout, norm_names, dtype: as the source has them by default. Raises InputError, UsageError.
+
+    link: leave the payload files as they are; bytes must not have to change.
+    """
     check_layout(layout, divisor)
     mesh.check_positive()
     source = open_megatron(src, hf_model, arch, quantised=True)  # in the spelling of its original
-    model = _target_model(source, layout, norm_names, mesh.tp * divisor)
+    model = _target_model(source, layout, norm_names, 0 if link else mesh.tp * divisor)
     mesh.check(model.limits(), model.sizes["l"])
     target = DTYPES[dtype] if dtype else source.dtype
-    placement = place([wanted_chunks(t, mesh, target) for t in model.mcore.values()], model.objects(), mesh.world)
+    wanted = [] if link else [wanted_chunks(tensor, mesh, target) for tensor in model.mcore.values()]
+    placement = linked_placement(source, model, target) if link else place(wanted, model.objects(), mesh.world)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
     original = _original(source)
@@ -78,7 +85,7 @@ def plan_reshard(
         (),
         _notes(source),
     )
-    return ReshardPlan(source, plan)
+    return ReshardPlan(source, plan, link)
 
 
 def _target_model(source: Megatron, layout: str, norm_names: str, divisor: int) -> Model:
@@ -86,7 +93,8 @@ def _target_model(source: Megatron, layout: str, norm_names: str, divisor: int) 
     if norm_names and norm_names not in choices:
         raise UsageError(f"--norm-names {norm_names}: megatron-core stores this model with te names", kind="layout")
     values |= {"norm": norm_names} if norm_names else {}
-    sizes = {**source.model.sizes, "pad": -source.model.sizes["vocab"] % divisor}
+    pad = -source.model.sizes["vocab"] % divisor if divisor else source.model.sizes["pad"]
+    sizes = {**source.model.sizes, "pad": pad}
     return build_model(source.model.recipe, values, sizes, layout or source.model.dialect)
 
 
@@ -121,6 +129,8 @@ def run_reshard(plan: ReshardPlan, work: Work, *, workers: int, tally: Tally, ch
 
     target = plan.target
     folder = work.out / target.folder
+    if plan.link:
+        return _run_linked(plan, work, folder, workers, checksums)
     work.begin({f"{target.folder}/{name}": size for name, size in target.placement.sizes.items()})
     writer = TorchDistWriter(folder, target.placement, work.sync)
     try:
@@ -132,6 +142,18 @@ def run_reshard(plan: ReshardPlan, work: Work, *, workers: int, tally: Tally, ch
     copy_file(plan.source.path, folder, work.sync)
     write_side_files(target, work.out, digests, crcs, work.sync, workers if checksums else 0)
     return warnings
+
+
+def _run_linked(plan: ReshardPlan, work: Work, folder: Path, workers: int, checksums: str) -> list[str]:
+    from transcoder.importfiles import write_side_files
+    from transcoder.kept import copy_file
+
+    work.begin({})
+    link_files(plan.source, plan.target.placement, folder, work.sync)
+    copy_file(plan.source.path, folder, work.sync)
+    tensors, files = known_digests(plan.source, plan.target.placement)
+    write_side_files(plan.target, work.out, tensors, files, work.sync, workers if checksums else 0)
+    return [] if tensors else ["no manifest is written: the source has none with digests of these files"]
 
 
 def _stream(
