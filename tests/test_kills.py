@@ -185,7 +185,7 @@ def test_a_signal_stops_a_run_soon_and_it_can_go_on(
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path: Path, sources: dict[str, Path]) -> None:
     process = _start(_line("hf2mcore", sources, tmp_path / "new"), SLOW.format(band=1024, pause=2))
-    _wait(tmp_path / "new", process, 600)
+    _wait(tmp_path / "new", process, 1)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
