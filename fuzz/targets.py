@@ -11,7 +11,7 @@ from random import Random
 from fuzz import bases, jsons, opcodes, oracles, repairs, texts, zipping
 from transcoder import api, manifest
 from transcoder.checking import check
-from transcoder.exporting import plan_export
+from transcoder.exportplan import plan_export
 from transcoder.formats.archive import read_archive, read_tensor
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.pickles import loads

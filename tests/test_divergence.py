@@ -210,6 +210,7 @@ def test_every_grid_of_two_gives_the_same_answer_and_logs_are_read_together(case
     assert divergence.first(divergence.compare(records[0], alone)).module.endswith("linear_qkv")
 
 
+@pytest.mark.slow
 def test_every_grid_of_four_gives_the_same_answer(case_of: Any, tmp_path: Path) -> None:
     run_grids(4, case_of, tmp_path, [])
 

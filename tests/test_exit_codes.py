@@ -67,8 +67,6 @@ USAGE: dict[str, tuple[list[str], str]] = {
     "iteration of eight digits": (["hf2mcore", str(EXAMPLE), "B", "--iteration", "10000000"], "number"),
     "tp of nothing": (["hf2mcore", str(EXAMPLE), "B", "--tp", "0"], "--tp 0"),
     "negative workers": (["hf2mcore", str(EXAMPLE), "B", "--workers", "-1"], "--workers"),
-    "resumed import": (["hf2mcore", str(EXAMPLE), "B", "--resume"], "--resume"),
-    "resumed export": (["mcore2hf", str(EXAMPLE), "B", "--resume"], "--resume"),
     "little memory": (["hf2mcore", str(EXAMPLE), "B", "--memory", "15MiB"], "16MiB"),
     "little memory for a round trip": (["roundtrip", str(EXAMPLE), "--memory", "16777215"], "16MiB"),
     "no size": (["hf2mcore", str(EXAMPLE), "B", "--memory", "plenty"], "64MiB"),

@@ -27,7 +27,7 @@ KINDS = ("crash", "error", "full", "torn", "short")
 SEED = 6
 # How many calls of each conversion are taken in an ordinary run, at least.
 LEAST = {
-    "import": 110, "export": 110, "import over": 50, "export over": 50, "import over without exchange": 50,
+    "import": 80, "export": 80, "import over": 50, "export over": 50, "import over without exchange": 50,
     "export over without exchange": 50, "import by four": 50, "export by four": 50, "quantised import": 25,
     "quantised export": 25,
 }  # fmt: skip

@@ -8,10 +8,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
+
 from fuzz import jsons, judge, keep, limits
 from fuzz.limits import TooSlow, bounded
 from fuzz.targets import TARGETS, Target
-
 from transcoder.errors import TranscoderError, refuse
 
 KEPT = [(name, path) for name in TARGETS for path in judge.corpus(name)]

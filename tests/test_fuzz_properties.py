@@ -14,11 +14,11 @@ from typing import Any
 
 import naive_formats as naive
 import pytest
-from fuzz import jsons, opcodes, oracles, repairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plan_strategies import NAMES, RANDOM, pickled_plan, plans
 
+from fuzz import jsons, opcodes, oracles, repairs
 from transcoder import manifest
 from transcoder.errors import InputError
 from transcoder.formats.pickles import loads

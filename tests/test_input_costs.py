@@ -6,9 +6,9 @@ import contextlib
 import json
 
 import pytest
+
 from fuzz import judge, limits, zipping
 from fuzz.targets import TARGETS
-
 from transcoder.errors import InputError
 from transcoder.formats.torch_dist import check_tiling
 from transcoder.spec import Box

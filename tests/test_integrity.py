@@ -77,9 +77,9 @@ def test_what_may_be_absent_is_told(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(DifferenceError, match="damaged"):
         transcoder.check(copy)  # the other tracker is still there
     (copy / "latest_train_state.pt").unlink()
-    assert transcoder.check(copy)["warnings"] == []
+    assert ["the only iteration is taken" in line for line in transcoder.check(copy)["warnings"]] == [True]
     (copy / "iter_0000000" / "transcode-manifest.json").unlink()
-    assert "no transcode-manifest.json" in transcoder.check(copy)["warnings"][0]
+    assert "no transcode-manifest.json" in transcoder.check(copy)["warnings"][-1]
 
 
 def test_sums_of_every_file_are_noted_and_checked(tmp_path: Path) -> None:

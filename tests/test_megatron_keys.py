@@ -109,6 +109,7 @@ def test_one_rank_asks_for_what_two_wrote(workshop: Workshop, tmp_path: Path, pr
     assert_found(harness.launch(cases, 1, tmp_path), len(KINDS))
 
 
+@pytest.mark.slow
 def test_two_ranks_ask_for_what_one_wrote(workshop: Workshop, tmp_path: Path, proves: Callable[..., None]) -> None:
     proves("mcore", *workshop.classes())
     choices = [(kind, "") for kind in KINDS] + [(kind, "singleton") for kind in KINDS]
@@ -119,6 +120,7 @@ def test_two_ranks_ask_for_what_one_wrote(workshop: Workshop, tmp_path: Path, pr
     assert_found(harness.launch(cases, 2, tmp_path), len(choices))
 
 
+@pytest.mark.slow
 def test_what_two_ranks_save_exports_to_the_source(workshop: Workshop, tmp_path: Path) -> None:
     cases = [workshop.save_case(kind, grid_of_two(kind, n + 1)) for n, kind in enumerate(KINDS)]
     assert_found(harness.launch(cases, 2, tmp_path), len(KINDS))

@@ -69,7 +69,7 @@ def listed_case(workshop: Workshop) -> dict[str, Any]:
     return found | {"action": "ours", "spec": "listed", "stock": False}
 
 
-@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.slow)))
 def test_every_family_is_filled_bit_for_bit_from_both_sources(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "mcore2hf",
     "open_checkpoint",
     "plan",
+    "reshard",
     "roundtrip",
     "stream_hf",
     "verify",

@@ -41,13 +41,16 @@ class CheckedChunks:
             problem = Problem(file=chunk.file, tensor=key, expected=expected, found=f"{found:08x}", hint=hint)
             raise refuse("checksum", "a payload does not have its recorded checksum", [problem])
 
-    def reader(self, tensor: HfTensor, parts: list[Part] | None = None) -> Fetch:
-        """How a tensor is fetched, `parts` taking what passes: a copy of another one is not read for the first time."""
+    def reader(self, tensor: HfTensor, parts: list[Part] | None = None, prefix: str = "") -> Fetch:
+        """How a tensor is fetched, `parts` taking what passes: a copy of another one is not read for the first time.
+
+        prefix: of the files' names in `parts`.
+        """
         seen = [] if parts is None else parts
 
         def noted(key: str, chunk: Chunk, start: int, count: int) -> memoryview:
             data = self.again(key, chunk, start, count)
-            seen.append((chunk.file, chunk.offset + start, count, crc32(data)))
+            seen.append((prefix + chunk.file, chunk.offset + start, count, crc32(data)))
             self.passed(key, chunk, start, count, seen[-1][3])
             return data
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import click
 
-from transcoder import phrases
+from transcoder import phrases, readcli
 from transcoder.console import Console
 from transcoder.errors import UsageError
+from transcoder.group import cli
 from transcoder.options import (
     ARCH,
     COMMON,
@@ -23,6 +24,8 @@ from transcoder.options import (
     LINKS,
     MEGATRON,
     MTP,
+    REFERENCE,
+    RESHAPE,
     WRITING,
     console,
     options,
@@ -31,13 +34,6 @@ from transcoder.options import (
 Report = dict[str, Any]
 IMPORT = (GRID, MEGATRON, MTP, DTYPE, ARCH, LINKS, WRITING, COMMON)
 EXPORT = (HUGGING_FACE, DTYPE, ARCH, LINKS, WRITING, COMMON)
-CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
-
-
-@click.group(context_settings=CONTEXT)
-@click.version_option(package_name="megatron-transcoder")
-def cli() -> None:
-    """Stream weights between Hugging Face safetensors and Megatron-Core distributed checkpoints."""
 
 
 @cli.command()
@@ -70,10 +66,11 @@ def _import(command: str, src: str, dst: str, chosen: Report, warnings: Iterable
 
     def work() -> Report:
         from transcoder import api
+        from transcoder.planning import plan_hf2mcore
 
         dry, arguments = _writing(chosen)
         if dry:
-            return _plan(api.plan_hf2mcore, src, arguments, "hf2mcore") | {"destination": dst}
+            return _plan(plan_hf2mcore, src, arguments, "hf2mcore") | {"destination": dst}
         out.say(phrases.import_start(src, dst))
         with out.bar("importing") as bar:
             report = api.hf2mcore(src, dst, progress=bar, **arguments)
@@ -105,7 +102,7 @@ def _iteration(text: str) -> int | str:
 def _plan(planner: Callable[..., Any], src: str, arguments: Report, command: str) -> Report:
     from inspect import signature
 
-    from transcoder.api import worker_count
+    from transcoder.converting import worker_count
     from transcoder.description import Plan
     from transcoder.reports import size_of
 
@@ -142,15 +139,37 @@ def _export(command: str, src: str, dst: str, chosen: Report) -> int:
 
     def work() -> Report:
         from transcoder import api
+        from transcoder.planning import plan_mcore2hf
 
         dry, arguments = _writing(chosen)
         if dry:
-            return _plan(api.plan_mcore2hf, src, arguments, "mcore2hf") | {"destination": dst}
+            return _plan(plan_mcore2hf, src, arguments, "mcore2hf") | {"destination": dst}
         out.say(phrases.export_start(src, dst))
         with out.bar("exporting") as bar:
             return api.mcore2hf(src, dst, progress=bar, **arguments)
 
     return out.run(work, lambda report: _planned(report) if "text" in report else phrases.export_end(report))
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("dst")
+@options(GRID, RESHAPE, DTYPE, ARCH, REFERENCE, WRITING, COMMON)
+def reshard(src: str, dst: str, **chosen: Any) -> int:
+    """Megatron checkpoint → another grid, key dialect or dtype."""
+    out = console("reshard", chosen, src, dst)
+
+    def work() -> Report:
+        from transcoder import api
+        from transcoder.planning import plan_reshard
+
+        dry, arguments = _writing(chosen)
+        if dry:
+            return _plan(lambda *a, **k: plan_reshard(*a, **k).target, src, arguments, "reshard") | {"destination": dst}
+        with out.bar("resharding") as bar:
+            return api.reshard(src, dst, progress=bar, **arguments)
+
+    return out.run(work, lambda report: _planned(report) if "text" in report else phrases.reshard_end(report))
 
 
 @cli.command()
@@ -186,79 +205,17 @@ def plan(src: str, **chosen: Any) -> int:
     out = console("plan", chosen, src)
 
     def work() -> Report:
-        from transcoder import api
+        from transcoder import planning
         from transcoder.checking import is_hf
 
         _, arguments = _writing(chosen)
-        planner = api.plan_hf2mcore if is_hf(Path(src)) else api.plan_mcore2hf
+        planner = planning.plan_hf2mcore if is_hf(Path(src)) else planning.plan_mcore2hf
         return _plan(planner, src, arguments, planner.__name__.removeprefix("plan_"))
 
     return out.run(work, _planned)
 
 
-@cli.command()
-@click.argument("one")
-@click.argument("two")
-@options(LINKS, COMMON)
-def verify(one: str, two: str, **chosen: Any) -> int:
-    """Compare two checkpoints of any format, logically and bit for bit."""
-    from transcoder import reading
-
-    out = console("verify", chosen, one, two)
-    return out.run(
-        lambda: reading.verify(one, two, **chosen),
-        lambda report: [f"✅ {report['tensors']} tensors are equal bit for bit"],
-    )
-
-
-@cli.command()
-@click.argument("directory")
-@click.option("--quick", is_flag=True, help="read no payloads")
-@click.option("--sample", default=100.0, type=click.FloatRange(0, 100), metavar="PERCENT", help="payloads to read")
-@options(LINKS, COMMON)
-def check(directory: str, quick: bool, sample: float, **chosen: Any) -> int:
-    """Is this checkpoint whole: headers, coverage, checksums, digests."""
-    out = console("check", chosen, directory)
-
-    def work() -> Report:
-        from transcoder import reading
-
-        with out.bar("checking") as bar:
-            return reading.check(directory, quick=quick, sample=sample, progress=bar, **chosen)
-
-    return out.run(work, lambda report: [_whole(report)])
-
-
-def _whole(report: Report) -> str:
-    done = report["checked"]
-    counts = f"{done['files']} files, {done['checksums']} checksums, {done['digests']} digests"
-    return f"✅ {report['source']} is whole: {report['tensors']} tensors, {counts}"
-
-
-@cli.command()
-@click.argument("directory")
-@click.option("--tree", "as_tree", is_flag=True, help="the keys as a tree")
-@options(LINKS, COMMON)
-def inspect(directory: str, as_tree: bool, **chosen: Any) -> int:
-    """Keys, dtypes, shapes, chunk grids, files, parallel layout and config of a checkpoint."""
-    from transcoder import reading
-
-    def lines(report: Report) -> Iterable[str]:
-        from transcoder.inspection import table, tree
-
-        return tree(report) if as_tree else table(report)
-
-    out = console("inspect", chosen, directory)
-    return out.run(lambda: reading.inspect(directory, **chosen), lines)
-
-
-@cli.command()
-@options(COMMON)
-def architectures(**chosen: Any) -> int:
-    """The supported architectures."""
-    from transcoder import reading
-
-    return console("architectures", chosen).run(reading.architectures, phrases.architectures)
+COMMANDS = (readcli,)  # that add themselves to the group
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transcoder.checks import ignored_names
 from transcoder.codecs import Weights, weights_of
-from transcoder.errors import Problem, UsageError, refuse
+from transcoder.errors import InputError, Problem, UsageError, refuse
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, shard_tensors
 from transcoder.kept import kept_shards
 from transcoder.megatron import Megatron
@@ -150,5 +150,5 @@ def stale_weights(folder: Path) -> set[str]:
         index = folder / INDEX_NAME
         named = set(read_index(index).values()) if there(index) else set()
         return {name for name in (*named, INDEX_NAME, SINGLE_NAME) if plain_name(name) and there(folder / name)}
-    except OSError as error:
-        raise refused(folder, str(error), "choose a directory that can be read") from error
+    except (OSError, InputError) as error:
+        raise refused(folder, str(error), "mend or remove it, or choose another destination") from error

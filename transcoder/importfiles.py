@@ -34,10 +34,16 @@ TOKENIZER_FILES = (
 
 
 def write_side_files(
-    plan: ImportPlan, work: Path, digests: Mapping[str, str], crcs: Mapping[str, int], sync: bool, hashing: int = 0
+    plan: ImportPlan,
+    work: Path,
+    digests: Mapping[str, str] | None,
+    payloads: Mapping[str, str],
+    sync: bool,
+    hashing: int = 0,
 ) -> None:
     """Write every small file of the checkpoint; `metadata.json` is the last of the iteration, then the trackers.
 
+    digests: of Hugging Face tensors, for the manifest; without them none is written. payloads: digests of files.
     hashing: how many workers take the SHA-256 of every file for the manifest, too; 0 for none.
     """
     folder, files = work / plan.folder, _side_files(plan)
@@ -47,9 +53,11 @@ def write_side_files(
     if (folder / KEPT).exists():
         small[KEPT] = map_file(folder / KEPT)
     rows = [_row(name, data, bool(hashing)) for name, data in small.items()]
-    rows += _payload_rows(plan, folder, crcs, hashing)
-    table = _table(plan, digests, sorted(rows, key=lambda row: str(row["name"])))
-    for name, data in {**files, manifest.NAME: manifest.emit(table), **last}.items():
+    rows += _payload_rows(plan, folder, payloads, hashing)
+    if digests is not None:
+        table = _table(plan, digests, sorted(rows, key=lambda row: str(row["name"])))
+        files[manifest.NAME] = manifest.emit(table)
+    for name, data in {**files, **last}.items():
         write_file(folder / name, data, sync)
     for name, data in trackers.items():
         write_file(work / name, data, sync)
@@ -76,10 +84,12 @@ def _row(name: str, data: bytes | memoryview, hashing: bool) -> dict[str, Any]:
     return row | {"sha256": hashlib.sha256(data).hexdigest()} if hashing else row
 
 
-def _payload_rows(plan: ImportPlan, folder: Path, crcs: Mapping[str, int], hashing: int) -> Iterator[dict[str, Any]]:
-    hashes = sums(folder, crcs, hashing) if hashing else {}
-    for name, crc in crcs.items():
-        row = {"name": name, "size": plan.placement.sizes[name], "digest": f"crc32:{crc:08x}"}
+def _payload_rows(
+    plan: ImportPlan, folder: Path, payloads: Mapping[str, str], hashing: int
+) -> Iterator[dict[str, Any]]:
+    hashes = sums(folder, payloads, hashing) if hashing else {}
+    for name, digest in payloads.items():
+        row = {"name": name, "size": plan.placement.sizes[name], "digest": digest}
         yield row | {"sha256": hashes[name]} if hashing else row
 
 
@@ -102,13 +112,14 @@ def _trackers(plan: ImportPlan, linked: bool) -> dict[str, bytes]:
 
 
 def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, Any]]) -> dict[str, Any]:
+    original = plan.source.weights.catalog
     tensors = [
         {
             "name": name,
             "dtype": tensor.family.dtype(plan.dtype).safetensors,
             "shape": list(tensor.shape),
             "tree": digests[name],
-            "exact": plan.source.weights.catalog[name].dtype == tensor.family.dtype(plan.dtype),
+            "exact": name in original and original[name].dtype == tensor.family.dtype(plan.dtype),
         }
         for name, tensor in plan.model.hf.items()
     ]

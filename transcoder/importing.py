@@ -76,7 +76,9 @@ def plan_import(
     follow_links: bool = False,
 ) -> ImportPlan:
     """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
-    _check_options(layout, divisor, mtp)
+    check_layout(layout, divisor)
+    if mtp not in ("keep", "drop"):
+        raise UsageError(f"mtp {mtp!r}: give keep or drop", kind="mtp")
     mesh.check_positive()
     source = open_hf(src, follow_links)
     catalog = source.weights.catalog
@@ -87,7 +89,7 @@ def plan_import(
     ignored = ignored_names(model, catalog)
     check_hf(model, catalog, stored, ignored | dropped)
     target = DTYPES[dtype] if dtype else stored
-    wanted = [_wanted(tensor, mesh, target) for tensor in model.mcore.values()]
+    wanted = [wanted_chunks(tensor, mesh, target) for tensor in model.mcore.values()]
     placement = place(wanted, model.objects(), mesh.world)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
@@ -109,13 +111,12 @@ def plan_import(
     )
 
 
-def _check_options(layout: str, divisor: int, mtp: str) -> None:
+def check_layout(layout: str, divisor: int) -> None:
+    """Refuse what no checkpoint can have. Raises UsageError."""
     if layout and layout not in DIALECTS:
         raise UsageError(f"layout {layout!r}: give one of {', '.join(DIALECTS)}", kind="layout")
     if divisor < 1:
         raise UsageError(f"--make-vocab-size-divisible-by {divisor}: give a number of 1 or more", kind="vocabulary")
-    if mtp not in ("keep", "drop"):
-        raise UsageError(f"mtp {mtp!r}: give keep or drop", kind="mtp")
 
 
 def _remarks(
@@ -163,7 +164,7 @@ def _stored_dtype(source: HfDirectory, values: Mapping[str, Any]) -> tuple[DType
     return DTYPES[name], [f"config.json says {declared}, the files hold {name}"] if disagrees else []
 
 
-def _wanted(tensor: McoreTensor, mesh: Mesh, dtype: DType) -> Wanted:
+def wanted_chunks(tensor: McoreTensor, mesh: Mesh, dtype: DType) -> Wanted:
     """Its chunks: box, rank, and the layer, which is the order within a file."""
     family, layout = tensor.family, tensor.family.mcore[tensor.part].layout
     layers, last = family.sizes["l"], family.rule.stage == "last"

@@ -59,6 +59,19 @@ def write_kept(plan: ImportPlan, path: Path, sync: bool) -> list[str]:
     return list(_extremes(payloads))
 
 
+def copy_file(source: Path, folder: Path, sync: bool) -> None:
+    """Carry what was kept beside one checkpoint over to another one."""
+    if (source / NAME).is_file():
+        view = map_file(source / NAME)
+        file = sized(folder / NAME, len(view))
+        try:
+            write_all(file, view, 0)
+            if sync:
+                os.fdatasync(file)
+        finally:
+            os.close(file)
+
+
 def _extremes(payloads: Payloads) -> Iterator[str]:
     for name, codec in payloads.weights.codecs.items():
         scales = payloads.stored(codec.parts[1], 0, codec.parts[1].nbytes // codec.parts[1].dtype.size)

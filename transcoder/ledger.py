@@ -17,6 +17,7 @@ from transcoder.journal import Journal
 from transcoder.spec import Chunk, DType, TensorSpec
 
 SYNC_BYTES, SYNC_SECONDS = 1 << 30, 5.0  # between two sync points, whichever is over first
+READ = "source:"  # before the names of files that were read, where others are written
 Part = tuple[str, int, int, int]  # payload file, offset in it, bytes, their CRC-32
 
 
@@ -67,18 +68,26 @@ class Ledger:
         self._marks: dict[str, Mark] = {}
         self._lock, self._since, self._synced_at = Lock(), 0, time.monotonic()
 
-    def restore(self, catalog: Mapping[str, TensorSpec], give: Callable[[str, Chunk, int, int, int], None]) -> None:
-        """Take up what is done. give: key, chunk, first payload byte, count and CRC-32 of everything that passed."""
-        if self._journal.marks:
-            places = Places(catalog)
-            for row in self._journal.done():
-                mark = self._marks.setdefault(row["tensor"], Mark())
-                if row["stop"] <= mark.stop:
-                    message = f"the journal tells twice of {row['tensor']}: start anew with --overwrite"
-                    raise OutputError(message, kind="journal")
-                mark.stop, mark.counts = row["stop"], row.get("counts", {})
-                mark.leaves += bytes.fromhex(row["leaves"])
-                for file, offset, count, crc in row["parts"]:
+        for row in journal.done():
+            mark = self._marks.setdefault(row["tensor"], Mark())
+            if row["stop"] <= mark.stop:
+                message = f"the journal tells twice of {row['tensor']}: start anew with --overwrite"
+                raise OutputError(message, kind="journal")
+            mark.stop, mark.counts = row["stop"], row.get("counts", {})
+            mark.leaves += bytes.fromhex(row["leaves"])
+
+    def restore(
+        self, catalog: Mapping[str, TensorSpec], give: Callable[[str, Chunk, int, int, int], None], prefix: str = ""
+    ) -> None:
+        """Tell what passed of files whose names begin with `prefix`, which is not part of them.
+
+        give: key, chunk, first payload byte, count and CRC-32.
+        """
+        places = Places(catalog) if self._journal.marks else None
+        for row in self._journal.done() if places else ():
+            for name, offset, count, crc in row["parts"]:
+                file = name.removeprefix(prefix)
+                if places and name.startswith(READ) == bool(prefix):
                     key, chunk = places.at(file, offset)
                     give(key, chunk, offset - chunk.offset, count, crc)
 

@@ -19,15 +19,19 @@ GRID = [
     click.option(f"--{name}", default=1, show_default=True, help=f"{label} parallel size")
     for name, label in AXES.items()
 ]
-MEGATRON = [
-    click.option("--format", "form", default="torch_dist", type=FORMATS, metavar="torch_dist|zarr|zarr3"),
-    click.option(
-        "--layout", default=None, type=click.Choice(["stacked", "per-layer", "singleton"]), help="key dialect"
-    ),
-    click.option("--norm-names", default="te", type=click.Choice(["te", "local"]), help="whose norm names to write"),
+FORM = click.option("--format", "form", default="torch_dist", type=FORMATS, metavar="torch_dist|zarr|zarr3")
+LAYOUT = click.option("--layout", default=None, type=click.Choice(["stacked", "per-layer", "singleton"]), help="keys")
+NORMS = click.Choice(["te", "local"])
+PLACE = [
     click.option("--iteration", default="both", metavar="both|release|N", help="where the checkpoint stands in DST"),
     click.option("--make-vocab-size-divisible-by", default=128, show_default=True, metavar="N"),
 ]
+MEGATRON = [FORM, LAYOUT, click.option("--norm-names", default="te", type=NORMS, help="whose norm names"), *PLACE]
+RESHAPE = [
+    *(FORM, LAYOUT, click.option("--norm-names", default=None, type=NORMS, help="whose norm names"), *PLACE),
+    click.option("--link", is_flag=True, help="hard-link payload files, where no byte of them changes"),
+]
+REFERENCE = [click.option("--hf-model", default=None, metavar="DIR", help="config, tokenizer and shard map to use")]
 MTP = [
     click.option(
         "--mtp", default="keep", show_default=True, type=click.Choice(["keep", "drop"]), help="multi-token prediction"
@@ -36,7 +40,7 @@ MTP = [
 ARCH = [click.option("--arch", default="", metavar="NAME", help="the Hugging Face class, when nothing names it")]
 DTYPE = [click.option("--dtype", default=None, type=DTYPES, help="convert the weights to this dtype")]
 HUGGING_FACE = [
-    click.option("--hf-model", default=None, metavar="DIR", help="config, tokenizer and shard map to use"),
+    *REFERENCE,
     click.option("--expert-layout", default="like-source", type=EXPERTS, metavar="like-source|per-expert|fused"),
     click.option("--quantize", default=None, type=click.Choice(["like-source"]), help="scales and small numbers again"),
     click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE"),

@@ -92,6 +92,15 @@ def export_end(report: Report) -> Iterator[str]:
     yield f"✅ Successfully exported model to: {report['destination']}"
 
 
+def reshard_end(report: Report) -> Iterator[str]:
+    """After Megatron → Megatron."""
+    yield from parallel(report)
+    yield f"Loading from {report['source']} … {_all_of(report)}"
+    grid = f"[ t 1/{report['parallel']['tp']}, p 1/{report['parallel']['pp']} ]"
+    yield f"  successfully saved checkpoint from iteration {report['iteration']:>7} to {report['destination']} {grid}"
+    yield f"✅ Resharded to: {report['destination']} ({report['layout']} keys, {report['dtype']})"
+
+
 def roundtrip_end(report: Report) -> Iterator[str]:
     """After a round trip: sizes, the table of tensors, and where the result lies."""
     yield from parallel(report)

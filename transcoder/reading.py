@@ -14,6 +14,7 @@ from transcoder.progress import Listener
 if TYPE_CHECKING:
     from transcoder.exportplan import ExportPlan
     from transcoder.importing import ImportPlan
+    from transcoder.resharding import ReshardPlan
     from transcoder.views import View
 
 CLAIMS = ("names", "mcore", "logits", "quantised", "export")
@@ -141,3 +142,19 @@ def verify_export(plan: ExportPlan, out: Path) -> None:
     forget_pages(out)
     dtypes = {name: spec.dtype for name, spec in plan.weights.catalog.items()}
     same(cast_view(megatron_view(plan.source), dtypes), hf_view(out))
+
+
+def verify_reshard(plan: ReshardPlan, out: Path) -> None:
+    """Read what was written into `out`, from the disk, and compare it with the source. Raises DifferenceError."""
+    from transcoder.disk import forget_pages
+    from transcoder.megatron import open_megatron
+    from transcoder.views import cast_view, megatron_view
+
+    forget_pages(out)
+    target = plan.target
+    shapes = {name: tensor.shape for name, tensor in target.model.hf.items()}
+    written = open_megatron(
+        out / target.folder, plan.source.reference, target.architecture, quantised=True, like=shapes
+    )
+    dtypes = {name: tensor.family.dtype(target.dtype) for name, tensor in target.model.hf.items()}
+    same(cast_view(megatron_view(plan.source), dtypes), megatron_view(written))

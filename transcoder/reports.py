@@ -14,6 +14,7 @@ from transcoder.errors import UsageError
 from transcoder.exportplan import ExportPlan
 from transcoder.importing import ImportPlan
 from transcoder.planner import Model
+from transcoder.resharding import ReshardPlan
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -74,6 +75,13 @@ def megatron_flags(plan: ImportPlan) -> list[str]:
     """Megatron-LM's options that `--use-checkpoint-args` does not take from the checkpoint."""
     fields = plan.model.fields()
     return [f"--norm-epsilon {fields['layernorm_epsilon']}", *(["--qk-layernorm"] if fields["qk_layernorm"] else [])]
+
+
+def reshard_report(plan: ReshardPlan, src: object, dst: object, warnings: list[str]) -> dict[str, Any]:
+    """What Megatron → Megatron does, but for its costs."""
+    report = import_report(plan.target, dst)
+    layout = plan.target.model.dialect
+    return report | {"source": str(src), "layout": layout, "warnings": [*report["warnings"], *warnings]}
 
 
 def export_report(plan: ExportPlan, dst: object, warnings: list[str]) -> dict[str, Any]:

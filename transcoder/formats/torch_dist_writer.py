@@ -45,6 +45,7 @@ class Placement:
     sets: Mapping[str, int]
     objects: tuple[str, ...]
     blob: bytes
+    object_items: Mapping[str, tuple[str, int, int]]  # file, offset and length
 
 
 @lru_cache(maxsize=4096)
@@ -73,7 +74,8 @@ def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Plac
         t.name: TensorSpec(t.name, t.dtype, t.shape, tuple(chunks[t.name][box] for box, _, _ in t.chunks))
         for t in wanted
     }
-    return Placement(catalog, items, sizes, sets, tuple(objects), blob)
+    keys = tuple(objects)
+    return Placement(catalog, items, sizes, sets, keys, blob, dict.fromkeys(keys, ("__0_0.distcp", 0, len(blob))))
 
 
 def balance(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -138,12 +140,12 @@ class TorchDistWriter:
             os.fdatasync(file)
         sync_folder(self.folder)
 
-    def finish(self) -> dict[str, int]:
-        """The CRC-32 of every file. Raises RuntimeError if a chunk is incomplete."""
+    def finish(self) -> dict[str, str]:
+        """The CRC-32 of every file, as a manifest has it. Raises RuntimeError if a chunk is incomplete."""
         open_chunks = [key for key in self.placement.items if key not in self.crcs]
         if open_chunks:
             raise RuntimeError(f"{len(open_chunks)} chunks are incomplete, first {open_chunks[0]}")
-        return self._file_crcs()
+        return {name: f"crc32:{crc:08x}" for name, crc in self._file_crcs().items()}
 
     def close(self) -> None:
         """Release the file descriptors."""
@@ -194,7 +196,7 @@ def _storage(placement: Placement) -> Iterator[tuple[object, object]]:
         for chunk in spec.chunks:
             yield _index(key, tuple(start for start, _ in chunk.box)), _info(*placement.items[key, chunk.box])
     for key in placement.objects:
-        yield _index(key, None), _info("__0_0.distcp", 0, len(placement.blob))
+        yield _index(key, None), _info(*placement.object_items[key])
 
 
 def _tensor_metadata(spec: TensorSpec) -> Record:

@@ -1,0 +1,127 @@
+"""What a conversion would do, decided and proved from headers and metadata alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transcoder.errors import PathLike, UsageError
+from transcoder.mesh import Mesh
+
+if TYPE_CHECKING:
+    from transcoder.exportplan import ExportPlan
+    from transcoder.importing import ImportPlan
+    from transcoder.resharding import ReshardPlan
+
+MAX_SHARD = 5_000_000_000  # bytes
+
+
+def plan_hf2mcore(
+    src: PathLike,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    layout: str = "",
+    dtype: str = "",
+    make_vocab_size_divisible_by: int = 128,
+    iteration: int | str = "both",
+    arch: str = "",
+    norm_names: str = "te",
+    mtp: str = "keep",
+    follow_links: bool = False,
+) -> ImportPlan:
+    """The plan of an import, decided and proved from headers and config alone. Raises TranscoderError.
+
+    tp, pp, ep, etp: sizes of tensor, pipeline, expert and expert-tensor parallelism. layout: one of the key dialects
+    `stacked`, `per-layer` and `singleton`; by default what Megatron itself uses.
+    iteration: `both`, `release` or a number. arch: the Hugging Face class, when the config does not name it.
+    mtp: `keep` or `drop` the layers of multi-token prediction.
+    """
+    from transcoder.importing import plan_import
+    from transcoder.mapped import reading
+
+    with reading(Path(src)):
+        return plan_import(
+            Path(src),
+            Mesh(tp, pp, ep, etp),
+            layout=layout,
+            dtype=dtype,
+            divisor=make_vocab_size_divisible_by,
+            iteration=iteration,
+            arch=arch,
+            norm_names=norm_names,
+            mtp=mtp,
+            follow_links=follow_links,
+        )
+
+
+def plan_mcore2hf(
+    src: PathLike,
+    *,
+    hf_model: PathLike | None = None,
+    arch: str = "",
+    dtype: str = "",
+    expert_layout: str = "like-source",
+    max_shard_size: int | str = MAX_SHARD,
+    quantize: str = "",
+    follow_links: bool = False,
+) -> ExportPlan:
+    """The plan of an export, decided and proved from metadata alone. Raises TranscoderError.
+
+    hf_model: directory whose config, tokenizer and shard map are used. max_shard_size: bytes, or a text such as 5GB.
+    quantize: `like-source` to write small numbers with scales where the original has them.
+    """
+    from transcoder.exportplan import plan_export
+    from transcoder.mapped import reading
+    from transcoder.megatron import open_megatron
+    from transcoder.reports import size_of
+
+    reference = Path(hf_model) if hf_model else None
+    if quantize not in ("", "like-source"):
+        raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
+    layout = "" if expert_layout == "like-source" else expert_layout
+    with reading(Path(src)):
+        megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize), follow_links=follow_links)
+        return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
+
+
+def plan_reshard(
+    src: PathLike,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    layout: str = "",
+    norm_names: str = "",
+    dtype: str = "",
+    make_vocab_size_divisible_by: int = 128,
+    iteration: int | str = "both",
+    hf_model: PathLike | None = None,
+    arch: str = "",
+    link: bool = False,
+) -> ReshardPlan:
+    """The plan of Megatron → Megatron, decided and proved from metadata alone. Raises TranscoderError.
+
+    tp, pp, ep, etp: the new grid. layout, norm_names, dtype: as the source has them, by default. hf_model, arch: as in
+    `plan_mcore2hf`, for checkpoints that do not say what they hold. link: hard-link the payload files, where no byte of
+    them has to change; the grid is then only what common.pt says of it.
+    """
+    from transcoder import resharding
+    from transcoder.mapped import reading
+
+    with reading(Path(src)):
+        return resharding.plan_reshard(
+            Path(src),
+            Mesh(tp, pp, ep, etp),
+            hf_model=Path(hf_model) if hf_model else None,
+            arch=arch,
+            layout=layout,
+            norm_names=norm_names,
+            dtype=dtype,
+            divisor=make_vocab_size_divisible_by,
+            iteration=iteration,
+            link=link,
+        )
