@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-generate demo-real check fuzz test test-full record wheel
+.PHONY: demo demo-generate demo-real check fuzz test test-full test-exhaustive record wheel
 $(VENV)/base: pyproject.toml constraints.txt kernels/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -41,9 +41,13 @@ test: $(VENV)/tests
 record: $(VENV)/tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --proved=write
 
-# The full matrices against megatron-core.
+# The full matrices against megatron-core, and conversions that are killed fifty times.
 test-full: $(VENV)/tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not exhaustive"
+
+# Every I/O call of every conversion fails once; thousands of mutated inputs; 50,000 tensors. Half an hour.
+test-exhaustive: $(VENV)/tests
+	$(BIN)/python -m pytest -m exhaustive
 
 # Every reader under a coverage-guided fuzzer, FUZZ_SECONDS each; what it learns and finds stays in build/fuzz.
 FUZZ_SECONDS ?= 60

@@ -147,6 +147,7 @@ def _died(here: Scenario, chance: random.Random) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["import", "export"])
 def test_every_call_may_fail(made: Made, name: str, kind: str, record_property: Callable[[str, object], None]) -> None:
@@ -158,6 +159,7 @@ def test_every_call_may_fail(made: Made, name: str, kind: str, record_property: 
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in LEAST if " " in name])
 def test_every_call_of_the_end_may_fail(made: Made, name: str, record_property: Callable[[str, object], None]) -> None:
     """Where these differ from the plain ones: flushing, links, renames and cleaning up."""
@@ -169,6 +171,7 @@ def test_every_call_of_the_end_may_fail(made: Made, name: str, record_property: 
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["import", "export", "quantised import", "quantised export"])
 def test_going_on_may_fail_many_times(made: Made, name: str) -> None:
     _again(made(name), runs=20)

@@ -200,6 +200,7 @@ def test_mutated_input_is_read_as_the_naive_reader_does_or_refused(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PARSERS)
 def test_thousands_of_mutated_inputs_are_read_as_the_naive_reader_does_or_refused(name):
     run(name, 2500, repeatable=False)

@@ -116,6 +116,7 @@ def test_a_conversion_that_is_killed_fifty_times_gives_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("command", ["hf2mcore", "mcore2hf"])
 def test_kills_at_any_moment_of_the_process_give_the_same_bytes(
     tmp_path: Path, sources: dict[str, Path], command: str

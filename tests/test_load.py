@@ -70,6 +70,7 @@ def _anonymous(pid: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fifty_thousand_tensors_take_bounded_memory_and_linear_time(tmp_path: Path) -> None:
     found: dict[tuple[str, int], tuple[float, int]] = {}
     for count in (12_500, 50_000):
