@@ -78,6 +78,7 @@ def _first_dense(config: Config) -> Config:
     dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
     shared = config["n_shared_experts"] * config["moe_intermediate_size"]
     return _mixture(config) | {
+        "moe_router_dtype": "fp32",  # transformers multiplies the router's weights in float32
         "moe_shared_expert_intermediate_size": shared,
         "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
         "moe_layer_freq": [0] * dense + [1] * (layers - dense) if dense else 1,
