@@ -60,7 +60,7 @@ def plan_export(
         shards, index = _fresh(source, target, max_shard)
         weights = weights_of({spec.name: spec for shard in shards for spec in shard.tensors}, {})
         changes = config_changes(source, source.config, target)
-    side_files, warnings = _files_below(source.reference) if source.reference else ((), ())
+    side_files, warnings = files_below(source.reference) if source.reference else ((), ())
     return ExportPlan(source, shards, index, side_files, target, dict(_digests(source)), weights, changes, warnings)
 
 
@@ -132,7 +132,7 @@ def _index(shards: tuple[Shard, ...]) -> bytes:
     ).encode()
 
 
-def _files_below(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def files_below(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Side files of the reference directory, which are neither weights nor an index; and what is left out of them."""
     from transcoder.formats.huggingface import side_files
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product as combinations
@@ -25,7 +25,7 @@ from transcoder.progress import Tally
 from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
 from transcoder.sizing import axis_sizes, given_sizes
-from transcoder.spec import DTYPES, Chunk, DType
+from transcoder.spec import DTYPES, DType
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def stream_import(
     plan: ImportPlan, sink: Sink, workers: int, tally: Tally, ledger: Ledger | None = None
 ) -> dict[str, str]:
     """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
-    from transcoder.engine import Payloads, fill, run_groups
+    from transcoder.engine import Payloads
 
     payloads = Payloads(plan.source)
     catalog, digests = plan.source.weights.catalog, dict[str, str]()
@@ -230,15 +230,30 @@ def stream_import(
         digests[tensor.name] = _move(plan, tensor, payloads, sink, tally, ledger)
 
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
+    tensors = sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name])
+    run_sets(plan, tensors, move, sink, workers, tally)
+    check_aliases(plan.model, digests)
+    return digests
+
+
+def run_sets(
+    plan: ImportPlan,
+    tensors: Iterable[HfTensor],
+    move: Callable[[HfTensor], None],
+    sink: Sink,
+    workers: int,
+    tally: Tally,
+) -> None:
+    """Move every tensor, in this order within each of the file sets, then write what no tensor supplies."""
+    from transcoder.engine import fill, run_groups
+
     groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
-    for tensor in sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name]):
+    for tensor in tensors:
         groups[plan.placement.sets[tensor.key]].append(partial(move, tensor))
     for family, filler in plan.model.fillers():
         job = partial(fill, plan.atlas, filler, family.dtype(plan.dtype), sink)
         groups[plan.placement.sets[filler.key]].append(job)
     run_groups(groups, workers, tally.stop)
-    check_aliases(plan.model, digests)
-    return digests
 
 
 def _move(
@@ -252,12 +267,7 @@ def _move(
 
     stored, target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
     track = Track(ledger, tensor.name, tensor.shape, target)
-
-    def noted(key: str, chunk: Chunk, start: int, data: memoryview) -> int:
-        crc = sink(key, chunk, start, data)
-        track.parts.append((chunk.file, chunk.offset + start, len(data), crc))
-        return crc
-
+    noted = track.noting(sink)
     moves = list(payloads.bands(tensor.name))
     if stored == target and tensor.name not in payloads.weights.codecs:  # in place: a longer range needs no memory
         moves = strokes(plan.atlas, tensor, moves)

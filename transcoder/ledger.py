@@ -11,7 +11,7 @@ from threading import Lock
 
 from isal.isal_zlib import crc32_combine
 
-from transcoder.engine import TreeDigest
+from transcoder.engine import Sink, TreeDigest
 from transcoder.errors import OutputError
 from transcoder.journal import Journal
 from transcoder.spec import Chunk, DType, TensorSpec
@@ -42,6 +42,16 @@ class Track:
         self.parts: list[Part] = []
         self.tree = TreeDigest(shape, dtype, mark.leaves)
         self._ledger, self._size = ledger, prod(shape)
+
+    def noting(self, sink: Sink) -> Sink:
+        """The same sink; what it writes is noted with the next mark."""
+
+        def noted(key: str, chunk: Chunk, start: int, data: memoryview) -> int:
+            crc = sink(key, chunk, start, data)
+            self.parts.append((chunk.file, chunk.offset + start, len(data), crc))
+            return crc
+
+        return noted
 
     def count(self, name: str, number: int) -> None:
         """Add to a counter that the next run takes up, too."""

@@ -5,24 +5,24 @@ Grid, key dialect, norm names, dtype and padding may change at once: each is a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage
 from transcoder.errors import UsageError
-from transcoder.formats.huggingface import HfDirectory, side_files
-from transcoder.formats.torch_dist_writer import SETS, TorchDistWriter, place
-from transcoder.importing import ImportPlan, check_layout, wanted_chunks
+from transcoder.exportplan import files_below
+from transcoder.formats.huggingface import HfDirectory
+from transcoder.formats.torch_dist_writer import TorchDistWriter, place
+from transcoder.importing import ImportPlan, check_layout, run_sets, wanted_chunks
 from transcoder.linking import known_digests, link_files, linked_placement
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.mesh import Mesh
 from transcoder.planner import HfTensor, Model, build_model
 from transcoder.progress import Tally
-from transcoder.spec import DTYPES, Chunk
+from transcoder.spec import DTYPES
 
 if TYPE_CHECKING:
     from transcoder.chunks import CheckedChunks
@@ -100,10 +100,9 @@ def _target_model(source: Megatron, layout: str, norm_names: str, divisor: int) 
 
 def _original(source: Megatron) -> HfDirectory:
     """The original's headers and index, and the side files that travel on."""
-    folder, shards = source.reference, source.origin.shards
-    names = {path.name for path in folder.glob("*.safetensors")} if folder else set()
-    files, warnings = side_files(folder, names) if folder else ((), ())
-    return HfDirectory(folder or source.path, source.config, shards, source.origin.index, files, warnings)
+    folder, origin = source.reference, source.origin
+    files, warnings = files_below(folder) if folder else ((), ())
+    return HfDirectory(folder or source.path, source.config, origin.shards, origin.index, files, warnings)
 
 
 def _notes(source: Megatron) -> tuple[str, ...]:
@@ -161,7 +160,6 @@ def _stream(
 ) -> tuple[dict[str, str], list[str]]:
     """Move every payload byte; the digests of the Hugging Face tensors, and warnings."""
     from transcoder.chunks import CheckedChunks
-    from transcoder.engine import fill, run_groups
     from transcoder.exporting import check_filler
     from transcoder.kept import Kept
     from transcoder.ledger import READ, Ledger
@@ -177,13 +175,7 @@ def _stream(
     def move(tensor: HfTensor) -> None:
         digests[tensor.name] = _move(plan, tensor, chunks, kept, writer.write, ledger, tally)
 
-    groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
-    for tensor in target.model.hf.values():
-        groups[target.placement.sets[tensor.key]].append(partial(move, tensor))
-    for family, filler in target.model.fillers():
-        job = partial(fill, target.atlas, filler, family.dtype(target.dtype), writer.write)
-        groups[target.placement.sets[filler.key]].append(job)
-    run_groups(groups, workers, tally.stop)
+    run_sets(target, target.model.hf.values(), move, writer.write, workers, tally)
     warnings = check_filler(source, chunks.fetch)
     chunks.finish()
     ledger.sync()
@@ -207,13 +199,7 @@ def _move(
     here = plan.source.model.hf[tensor.name]
     stored, dtype = plan.source.stored(here), tensor.family.dtype(plan.target.dtype)
     track = Track(ledger, tensor.name, tensor.shape, dtype)
-
-    def noted(key: str, chunk: Chunk, start: int, data: memoryview) -> int:
-        crc = sink(key, chunk, start, data)
-        track.parts.append((chunk.file, chunk.offset + start, len(data), crc))
-        return crc
-
-    fetch = chunks.reader(here, track.parts, READ)
+    noted, fetch = track.noting(sink), chunks.reader(here, track.parts, READ)
     for start, stop in bands(tensor.shape, dtype):
         if stop > track.stop:
             band = gather(plan.source.atlas, here, start, stop, stored, fetch)
