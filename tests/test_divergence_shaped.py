@@ -152,18 +152,7 @@ def groups() -> Iterator[None]:
 def case_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A function from a mistake (or the kind of a right model) to a worker's case."""
     root = tmp_path_factory.mktemp("shaped")
-    model = cache(lambda kind: make_model(kind, root / kind))
-
-    @cache
-    def make(name: str) -> dict[str, Any]:
-        if name not in MISTAKES:
-            return {"hf": str(model(name))}
-        kind, wrong, _ = MISTAKES[name]
-        if isinstance(wrong, dict):
-            return {"hf": str(model(kind)), "config": wrong}
-        return {"hf": str(model(kind)), "weights": str(worker.mistaken(model(kind), root / name, wrong))}
-
-    return make
+    return worker.cases(cache(lambda kind: make_model(kind, root / kind)), MISTAKES, root)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,23 @@ def replaced(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Calla
         tensors[name] = change(tensors[name]).contiguous()
 
     return alter
+
+
+def cases(
+    model: Callable[[str], Path], mistakes: Mapping[str, tuple[str, Any, Any]], root: Path
+) -> Callable[[str], dict[str, Any]]:
+    """A function from a mistake, which is in the config or in the weights, or from a right model's kind, to a case."""
+
+    @cache
+    def make(name: str) -> dict[str, Any]:
+        if name not in mistakes:
+            return {"hf": str(model(name))}
+        kind, wrong, _ = mistakes[name]
+        if isinstance(wrong, dict):
+            return {"hf": str(model(kind)), "config": wrong}
+        return {"hf": str(model(kind)), "weights": str(mistaken(model(kind), root / name, wrong))}
+
+    return make
 
 
 def mistaken(source: Path, target: Path, alter: Callable[[Tensors], None]) -> Path:
