@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "megatron" / "generate_worker.py"
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = 120.0
+TOLERANCE = 1e-4  # of the standard deviation of the logits
 
 
 def torchrun(world: int, *arguments: str) -> tuple[int, str, str]:
@@ -99,3 +100,14 @@ def ask_transformers(model: Any, ids: tuple[int, ...], limit: int, **inputs: Any
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=limit, do_sample=False, pad_token_id=0, **inputs
     )
     return out[0, len(ids) :].tolist()
+
+
+def assert_says(result: dict[str, Any], folder: Path, theirs: Any, prompt: str, limit: int, what: object) -> None:
+    """A worker's logits and greedy tokens are those of the model `theirs` in transformers, no token by luck."""
+    ids = request_of(folder, prompt).ids
+    with torch.no_grad():
+        want = theirs(torch.tensor([ids])).logits[0].double()
+    error = float((torch.tensor(result["logits"]) - want).abs().max())
+    assert error <= TOLERANCE * float(want.std()), what
+    assert result["gap"] > 4 * error, what  # no token is a matter of rounding
+    assert result["tokens"] == ask_transformers(theirs, ids, limit), what

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "megatron"))
 from command_line import EXAMPLE
-from generating import ask_transformers, launch, model_of, request_of, steps_of, tokens_of
+from generating import ask_transformers, assert_says, launch, model_of, request_of, steps_of, tokens_of
 from models import make_model, read_config
 
 from transcoder.runtime.device import shutdown
@@ -61,13 +61,7 @@ def test_logits_and_tokens_are_those_of_transformers_at_four_processes(tmp_path:
     cases = [{"hf": str(folders[kind]), "prompt": WORDS, "limit": LIMIT, **grid} for kind, grid in GRIDS]
     found, _ = launch(cases, 4, tmp_path)
     for (kind, grid), result in zip(GRIDS, found, strict=True):
-        ids, model = request_of(folders[kind], WORDS).ids, reference(folders[kind], torch.float32)
-        with torch.no_grad():
-            want = model(torch.tensor([ids])).logits[0].double()
-        error = float((torch.tensor(result["logits"]) - want).abs().max())
-        assert error <= 1e-4 * float(want.std()), (kind, grid)
-        assert result["gap"] > 4 * error, (kind, grid)  # no token is a matter of rounding
-        assert result["tokens"] == ask_transformers(model, ids, LIMIT), (kind, grid)
+        assert_says(result, folders[kind], reference(folders[kind], torch.float32), WORDS, LIMIT, (kind, grid))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "megatron"))
-from generating import ask_transformers, launch, model_of, request_of, steps_of, tokens_of
+from generating import TOLERANCE, ask_transformers, assert_says, launch, model_of, request_of, steps_of, tokens_of
 from routed_models import KINDS, VOCABULARY, make_model
 
 import transcoder
@@ -27,7 +27,6 @@ LENGTH, LIMIT, WORDS = 60, 8, "The assert statement!!"  # more tokens than yarn'
 HALVES = ({"tp": 2}, {"pp": 2}, {"ep": 2})
 QUARTERS = ({"tp": 2, "pp": 2}, {"tp": 2, "pp": 2, "ep": 2}, {"ep": 4}, {"pp": 4}, {"tp": 2, "ep": 2, "etp": 2})
 TARGETS = {"deepseek-v2": {"layout": "per-layer"}, "kimi-k2": {"layout": "singleton"}, "dots1": {"norm_names": "local"}}
-TOLERANCE = 1e-4  # of the standard deviation of the logits
 
 Models = Callable[[str], Path]
 
@@ -96,13 +95,7 @@ def check_grids(
     ]
     found, _ = launch(cases, world, folder)
     for (kind, grid), result in zip(pairs, found, strict=True):
-        ids, theirs = request_of(models(kind), WORDS).ids, references(kind)
-        with torch.no_grad():
-            want = theirs(torch.tensor([ids])).logits[0].double()
-        error = float((torch.tensor(result["logits"]) - want).abs().max())
-        assert error <= TOLERANCE * float(want.std()), (kind, grid)
-        assert result["gap"] > 4 * error, (kind, grid)  # no token is a matter of rounding
-        assert result["tokens"] == ask_transformers(theirs, ids, LIMIT), (kind, grid)
+        assert_says(result, models(kind), references(kind), WORDS, LIMIT, (kind, grid))
 
 
 def test_two_ranks_have_the_logits_and_the_tokens_of_transformers(
