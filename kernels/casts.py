@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transcoder.kernels import native
+
 Bits = NDArray[Any]
 _INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}  # its bits
 _BITS = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
@@ -36,6 +38,9 @@ def finite(bits: Bits, dtype: str) -> bool:
     if dtype not in _INFINITY or not bits.size:
         return True
     first, sign = _INFINITY[dtype], 1 << 8 * bits.itemsize - 1
+    found = native.finite(bits, first)
+    if found is not None:
+        return found
     return int(bits.view(f"<i{bits.itemsize}").max()) < first and int(bits.max()) < first + sign
 
 

@@ -37,6 +37,25 @@ INLINE uint32_t rounded(float value)
     return bits + 0x7fff + (bits >> 16 & 1);
 }
 
+/* ---- Whether no number has an exponent of ones only: those are NaN and infinity. ---- */
+
+#define FINITE(bits)                                                                                              \
+    WIDE int finite##bits(const uint##bits##_t *values, size_t count, uint##bits##_t infinity)                    \
+    {                                                                                                             \
+        for (size_t at = 0; at < count; at += 4096) {                                                             \
+            size_t end = count - at < 4096 ? count : at + 4096;                                                   \
+            uint##bits##_t odd = 0;                                                                               \
+            for (size_t i = at; i < end; i++)                                                                     \
+                odd |= (values[i] & infinity) == infinity;                                                        \
+            if (odd)                                                                                              \
+                return 0;                                                                                         \
+        }                                                                                                         \
+        return 1;                                                                                                 \
+    }
+
+FINITE(16)
+FINITE(32)
+
 /* ---- FP8: an e4m3 code moved up by 20 bits is its value / 2^120 as a float, subnormal ones included. ---- */
 
 INLINE uint16_t fp8_value(uint32_t code, float scale)

@@ -29,6 +29,8 @@ _ARGUMENTS: Mapping[str, list[type]] = {
     "int4_decode": [_P, _P, _N, _N, _P],
     "turn16": [_P, _P, _P, _N, _N],
     "turn32": [_P, _P, _P, _N, _N],
+    "finite16": [_P, _N, ctypes.c_uint16],
+    "finite32": [_P, _N, ctypes.c_uint32],
 }
 
 
@@ -131,6 +133,13 @@ def turn(to: Array, source: Array) -> bool:
     steps = (ctypes.c_ssize_t * 4)(*(stride // size for stride in (*to.strides, *source.strides)))
     getattr(LIBRARY, f"turn{8 * size}")(_at(to), _at(source), ctypes.byref(steps), *to.shape)
     return True
+
+
+def finite(bits: Array, infinity: int) -> bool | None:
+    """Whether no value holds all bits of `infinity`, the exponent's; None where that has to be found otherwise."""
+    if LIBRARY is None or bits.itemsize not in (2, 4) or not _usual(bits, f"<u{bits.itemsize}"):
+        return None
+    return bool(getattr(LIBRARY, f"finite{8 * bits.itemsize}")(_at(bits), bits.size, infinity))
 
 
 def _usual(array: Array, dtype: Any) -> bool:
