@@ -30,7 +30,7 @@ from transcoder.paths import map_file
 from transcoder.planner import Filler, HfTensor
 from transcoder.progress import Cancelled
 from transcoder.spec import Chunk, DType, TensorSpec
-from transcoder.staging import STAGE, aligned, staging
+from transcoder.staging import STAGE, staging
 
 BAND = 4 << 20  # bytes, a constant of the manifest's digests
 Array = NDArray[Any]
@@ -129,7 +129,7 @@ def _packed(band: Array, run: Run, offset: int) -> Array:
     """The elements of a run one after the other, to be written at `offset` of a file."""
     if run.contiguous:
         return band[run.hf : run.hf + run.count]
-    packed = staging(run.count * band.itemsize, offset).view(band.dtype)
+    packed = staging(run.count * band.itemsize, offset, "run").view(band.dtype)
     strided.copy(packed.reshape(run.shape), strided.view(band, run.hf, run.shape, run.hf_steps))
     return packed
 
@@ -142,12 +142,15 @@ def gather(atlas: Atlas, tensor: HfTensor, start: int, stop: int, dtype: DType, 
 
 
 def gather_for(offset: int, atlas: Atlas, tensor: HfTensor, start: int, stop: int, dtype: DType, fetch: Fetch) -> Array:
-    """Like `gather`, to be written at `offset` of a file; a view of the one chunk that holds the range, if one does."""
+    """Like `gather`, to be written at `offset` of a file before the thread asks for more.
+
+    A view of the one chunk that holds the range, if one does.
+    """
     pieces = list(atlas.pieces(tensor, start, stop))
     if len(pieces) == 1 and pieces[0][2].chunk_steps == (1,) == pieces[0][2].hf_steps:
         key, chunk, copy = pieces[0]
         return elements(fetch(key, chunk, copy.chunk * dtype.size, copy.count * dtype.size), dtype)
-    band = aligned((stop - start) * dtype.size, offset).view(f"<u{dtype.size}")
+    band = staging((stop - start) * dtype.size, offset, "band").view(f"<u{dtype.size}")
     _collect(pieces, dtype, fetch, band)
     return band
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 PAGE = 4096  # bytes
 STAGE = 1 << 20  # bytes collected before they are written, where their order changes
+LARGEST = 4 << 20  # bytes that a thread keeps for each use
 _kept = threading.local()
 
 
@@ -21,14 +22,16 @@ def aligned(size: int, offset: int) -> NDArray[Any]:
     return _placed(np.empty(size + PAGE, np.uint8), size, offset)
 
 
-def staging(size: int, offset: int) -> NDArray[Any]:
-    """Memory like `aligned`, until the thread asks again: pages that the kernel has yet to clear cost as much again."""
-    if size > STAGE:
+def staging(size: int, offset: int, use: str) -> NDArray[Any]:
+    """Memory like `aligned`, until the thread asks again for the same use: pages that the kernel has yet to clear
+    cost as much again.
+    """
+    if size > LARGEST:
         return aligned(size, offset)
-    block = getattr(_kept, "block", None)
-    if block is None:
-        block = _kept.block = np.empty(STAGE + PAGE, np.uint8)
-    return _placed(block, size, offset)
+    blocks = _kept.__dict__
+    if use not in blocks or len(blocks[use]) < size + PAGE:
+        blocks[use] = np.empty(size + PAGE, np.uint8)
+    return _placed(blocks[use], size, offset)
 
 
 def _placed(block: NDArray[Any], size: int, offset: int) -> NDArray[Any]:

@@ -18,7 +18,7 @@ from transcoder.kernels import strided
 from transcoder.moves import Copy, runs
 from transcoder.planner import HfTensor
 from transcoder.spec import Box, DType
-from transcoder.staging import aligned
+from transcoder.staging import staging
 
 Range = tuple[int, int]  # flat elements [start, stop)
 
@@ -38,7 +38,7 @@ def collected(
 ) -> Iterator[tuple[int, Array]]:
     """The first element and the values of every band of a stroke.
 
-    They will be written from `offset` of a file on, `size` bytes an element.
+    They will be written from `offset` of a file on, `size` bytes an element, one before the next is asked for.
     """
     start, stop = stroke
     step = next(last for _, last in bands(tensor.shape, dtype))
@@ -47,7 +47,9 @@ def collected(
         return
     held = Held(atlas, tensor, stroke, dtype, fetch)
     for first in range(start, stop, step):
-        yield first, held.gather(first, min(first + step, stop), offset + (first - start) * size)
+        last = min(first + step, stop)
+        place = staging((last - first) * dtype.size, offset + (first - start) * size, "band")
+        yield first, held.gather(first, last, place.view(f"<u{dtype.size}"))
 
 
 class Reader:
@@ -71,7 +73,8 @@ class Reader:
     def _part(self, stroke: Range, start: int, stop: int) -> Array:
         if stroke not in self._held:
             self._held[stroke] = Held(self._atlas, self._tensor, stroke, self._dtype, self._fetch)
-        return self._held[stroke].gather(max(start, stroke[0]), min(stop, stroke[1]), 0)
+        first, last = max(start, stroke[0]), min(stop, stroke[1])
+        return self._held[stroke].gather(first, last, np.empty(last - first, f"<u{self._dtype.size}"))
 
 
 class Held:
@@ -85,9 +88,8 @@ class Held:
                 data = fetch(key, chunk, run.chunk * dtype.size, run.count * dtype.size)
                 self._ranges.setdefault((key, chunk.box), []).append((run.chunk, elements(data, dtype)))
 
-    def gather(self, start: int, stop: int, offset: int) -> Array:
-        """The flat elements [start, stop), to be written at `offset` of a file."""
-        band = aligned((stop - start) * self._dtype.size, offset).view(f"<u{self._dtype.size}")
+    def gather(self, start: int, stop: int, band: Array) -> Array:
+        """The flat elements [start, stop), in `band`."""
         for key, chunk, copy in self._atlas.pieces(self._tensor, start, stop):
             self._collect(self._ranges[key, chunk.box], copy, band)
         return band
