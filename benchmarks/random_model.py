@@ -3,6 +3,7 @@
 python benchmarks/random_model.py llama-1b work/llama-1b --dtype bfloat16
 python benchmarks/random_model.py llama-1b work/wrong --dtype bfloat16 --wrong 7   # gate, up of layer 7 exchanged
 python benchmarks/random_model.py qwen2.5-vl work/vl                               # with picture.png in it
+python benchmarks/random_model.py deepseek-v3 work/v3 --dtype bfloat16             # true widths, 3 layers, 16 experts
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ EXPERTS = {
     "num_hidden_layers": 8, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 512,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "use_sliding_window": False,
 }  # fmt: skip
+DEEPSEEK = {
+    "vocab_size": 16000, "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 16, "n_group": 4,
+    "topk_group": 2, "num_experts_per_tok": 4, "max_position_embeddings": 163840, "initializer_range": 0.006,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+GPT_OSS = {"vocab_size": 16000, "num_hidden_layers": 4, "num_local_experts": 16}
 ROPE = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}
 EYES = {"depth": 8, "hidden_size": 320, "intermediate_size": 856, "num_heads": 4, "out_hidden_size": 768}
 IDS = {"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5, "video_token_id": 6}
@@ -32,16 +42,20 @@ IMAGES = {
     "min_pixels": 3136, "max_pixels": 401408, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
     "rescale_factor": 1 / 255, "resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True,
 }  # fmt: skip
-KINDS = ("llama-100m", "llama-1b", "qwen3-moe", "qwen2.5-vl")
+KINDS = ("llama-100m", "llama-1b", "qwen3-moe", "qwen2.5-vl", "deepseek-v3", "gpt-oss")
 
 
 def _config(kind: str) -> Any:
     """The configuration; no token ends a text."""
-    from transformers import LlamaConfig, Qwen2_5_VLConfig, Qwen3MoeConfig
+    from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen3MoeConfig
 
     fixed = {"eos_token_id": None, "bos_token_id": None, "tie_word_embeddings": False}
     if kind == "qwen3-moe":
         return Qwen3MoeConfig(**LLAMA | EXPERTS, **fixed)
+    if kind == "deepseek-v3":
+        return DeepseekV3Config(**DEEPSEEK, **fixed)
+    if kind == "gpt-oss":
+        return GptOssConfig(**GPT_OSS, **fixed)
     if kind == "qwen2.5-vl":
         eyes = EYES | {"fullatt_block_indexes": [3, 7]}
         return Qwen2_5_VLConfig(text_config=LLAMA | fixed | {"rope_parameters": ROPE}, vision_config=eyes, **IDS)
@@ -49,15 +63,21 @@ def _config(kind: str) -> Any:
 
 
 def _model(kind: str, dtype: str) -> Any:
-    """The model; norms differ from one, too."""
+    """The model; what starts as ones or zeros is random, too."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
     auto = AutoModelForImageTextToText if kind == "qwen2.5-vl" else AutoModelForCausalLM
-    model = auto.from_config(_config(kind), dtype=getattr(torch, dtype))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = auto.from_config(_config(kind), dtype=getattr(torch, dtype))
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_q" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.2)
+        elif name.endswith(("bias", "sinks")):
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, 0.0, 0.1)
     return model
 
 
