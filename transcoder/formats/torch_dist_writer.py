@@ -17,6 +17,7 @@ from isal.isal_zlib import crc32, crc32_combine
 
 from transcoder.disk import PIECE, sized, start_flush, sync_folder, write_all
 from transcoder.formats.archive import TensorItem, archive, tensor_item
+from transcoder.formats.forms import HOLE, Filled, Form, Sizes
 from transcoder.formats.pickled import Global, Made, Record, dumps
 from transcoder.spec import Box, Chunk, DType, TensorSpec, box_shape
 from transcoder.sums import Sums
@@ -35,17 +36,31 @@ class Wanted:
     chunks: tuple[tuple[Box, int, int], ...]
 
 
+Item = tuple[str, int, int]  # file, offset and length of a container
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Every chunk with its file and offset, every file with its size, and the objects' one blob."""
 
     catalog: Mapping[str, TensorSpec]
-    items: Mapping[tuple[str, Box], tuple[str, int, int]]  # file, offset and length of the whole item
+    items: Mapping[tuple[str, Box], Item]  # of chunks whose containers are not as we write them
     sizes: Mapping[str, int]
     sets: Mapping[str, int]
     objects: tuple[str, ...]
     blob: bytes
-    object_items: Mapping[str, tuple[str, int, int]]  # file, offset and length
+    object_items: Mapping[str, Item]
+
+    def item(self, spec: TensorSpec, chunk: Chunk) -> Item:
+        """The container of a chunk of `spec`."""
+        if self.items:
+            return self.items[spec.name, chunk.box]
+        container = _container(spec.dtype, box_shape(chunk.box))
+        return chunk.file, chunk.offset - container.payload_offset, container.length
+
+    def chunks(self) -> Iterator[tuple[TensorSpec, Chunk]]:
+        """Every chunk and whose it is."""
+        return ((spec, chunk) for spec in self.catalog.values() for chunk in spec.chunks)
 
 
 @lru_cache(maxsize=4096)
@@ -60,22 +75,21 @@ def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Plac
     blob = archive(dumps([None]))
     sizes = {f"__{rank}_{number}.distcp": 0 for rank in range(ranks) for number in range(SETS)}
     sizes["__0_0.distcp"] = len(blob)
-    items: dict[tuple[str, Box], tuple[str, int, int]] = {}
-    chunks: dict[str, dict[Box, Chunk]] = {tensor.name: {} for tensor in wanted}
+    files = {name: name for name in sizes}  # one text for all chunks of a file
+    chunks: list[dict[int, Chunk]] = [{} for _ in wanted]
     ordered = sorted((order, n, i) for n, tensor in enumerate(wanted) for i, (_, _, order) in enumerate(tensor.chunks))
     for _, n, i in ordered:
         tensor, (box, rank, _) = wanted[n], wanted[n].chunks[i]
-        file = f"__{rank}_{sets[tensor.name]}.distcp"
+        file = files[f"__{rank}_{sets[tensor.name]}.distcp"]
         item = _container(tensor.dtype, box_shape(box))
-        items[tensor.name, box] = file, sizes[file], item.length
-        chunks[tensor.name][box] = Chunk(box, file, sizes[file] + item.payload_offset, item.payload_size)
+        chunks[n][i] = Chunk(box, file, sizes[file] + item.payload_offset, item.payload_size)
         sizes[file] += item.length
     catalog = {
-        t.name: TensorSpec(t.name, t.dtype, t.shape, tuple(chunks[t.name][box] for box, _, _ in t.chunks))
-        for t in wanted
+        t.name: TensorSpec(t.name, t.dtype, t.shape, tuple(chunks[n][i] for i in range(len(t.chunks))))
+        for n, t in enumerate(wanted)
     }
     keys = tuple(objects)
-    return Placement(catalog, items, sizes, sets, keys, blob, dict.fromkeys(keys, ("__0_0.distcp", 0, len(blob))))
+    return Placement(catalog, {}, sizes, sets, keys, blob, dict.fromkeys(keys, ("__0_0.distcp", 0, len(blob))))
 
 
 def balance(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -142,7 +156,8 @@ class TorchDistWriter:
 
     def finish(self) -> dict[str, str]:
         """The CRC-32 of every file, as a manifest has it. Raises RuntimeError if a chunk is incomplete."""
-        open_chunks = [key for key in self.placement.items if key not in self.crcs]
+        places = ((spec.name, chunk.box) for spec, chunk in self.placement.chunks())
+        open_chunks = [place for place in places if place not in self.crcs]
         if open_chunks:
             raise RuntimeError(f"{len(open_chunks)} chunks are incomplete, first {open_chunks[0]}")
         return {name: f"crc32:{crc:08x}" for name, crc in self._file_crcs().items()}
@@ -155,9 +170,9 @@ class TorchDistWriter:
     def _file_crcs(self) -> dict[str, int]:
         found = dict.fromkeys(self.placement.sizes, 0)
         found["__0_0.distcp"] = crc32(self.placement.blob)
-        for (key, box), (file, _, _) in self.placement.items.items():  # ascending offsets within each file
-            item = _container(self.placement.catalog[key].dtype, box_shape(box))
-            crc = self.crcs[key, box]
+        for spec, chunk in sorted(self.placement.chunks(), key=lambda pair: pair[1].offset):
+            item, file = _container(spec.dtype, box_shape(chunk.box)), chunk.file
+            crc = self.crcs[spec.name, chunk.box]
             for part, size in ((crc32(item.prefix), len(item.prefix)), (crc, item.payload_size)):
                 found[file] = crc32_combine(found[file], part, size)
             suffix = item.suffix(crc)
@@ -167,13 +182,15 @@ class TorchDistWriter:
 
 # One object per name: the pickler finds it by identity.
 METADATA = Global(f"{DCP}.metadata", "Metadata")
-BYTES_OBJECT = Global(f"{DCP}.metadata", "BytesStorageMetadata")
+OBJECT = Form(Record(Global(f"{DCP}.metadata", "BytesStorageMetadata"), ()))
 PROPERTIES = Global(f"{DCP}.metadata", "TensorProperties")
-CHUNK = Global(f"{DCP}.metadata", "ChunkStorageMetadata")
 TENSOR = Global(f"{DCP}.metadata", "TensorStorageMetadata")
-INDEX = Global(f"{DCP}.metadata", "MetadataIndex")
-INFO = Global(f"{DCP}.filesystem", "_StorageInfo")
 SIZE = Global("torch", "Size")
+SIZES = Record(SIZE, (HOLE,))
+CHUNK = Form(Record(Global(f"{DCP}.metadata", "ChunkStorageMetadata"), (SIZES, SIZES)))
+INDEX = Form(Record(Global(f"{DCP}.metadata", "MetadataIndex"), (HOLE, SIZES)))
+OBJECT_INDEX = Form(Record(Global(f"{DCP}.metadata", "MetadataIndex"), (HOLE, None)))
+INFO = Form(Record(Global(f"{DCP}.filesystem", "_StorageInfo"), (HOLE, HOLE, HOLE)))
 
 
 def metadata(placement: Placement) -> bytes:
@@ -188,32 +205,27 @@ def _tensors(placement: Placement) -> Iterator[tuple[object, object]]:
     for key, spec in placement.catalog.items():
         yield key, _tensor_metadata(spec)
     for key in placement.objects:
-        yield key, Record(BYTES_OBJECT, ())
+        yield key, Filled(OBJECT, ())
 
 
 def _storage(placement: Placement) -> Iterator[tuple[object, object]]:
-    for key, spec in placement.catalog.items():
-        for chunk in spec.chunks:
-            yield _index(key, tuple(start for start, _ in chunk.box)), _info(*placement.items[key, chunk.box])
+    for spec, chunk in placement.chunks():
+        yield Filled(INDEX, (spec.name, _starts(chunk.box))), Filled(INFO, placement.item(spec, chunk))
     for key in placement.objects:
-        yield _index(key, None), _info(*placement.object_items[key])
+        yield Filled(OBJECT_INDEX, (key,)), Filled(INFO, placement.object_items[key])
 
 
 def _tensor_metadata(spec: TensorSpec) -> Record:
     properties = Record(PROPERTIES, (Global("torch", spec.dtype.name),))
-    chunks = [
-        Record(CHUNK, (_size(start for start, _ in chunk.box), _size(box_shape(chunk.box)))) for chunk in spec.chunks
-    ]
-    return Record(TENSOR, (properties, _size(spec.shape), chunks))
+    chunks = [Filled(CHUNK, (_starts(chunk.box), _extents(chunk.box))) for chunk in spec.chunks]
+    return Record(TENSOR, (properties, Record(SIZE, (spec.shape,)), chunks))
 
 
-def _size(values: Iterable[int]) -> Record:
-    return Record(SIZE, (tuple(values),))
+@lru_cache(maxsize=4096)
+def _starts(box: Box) -> Sizes:
+    return Sizes(start for start, _ in box)
 
 
-def _index(key: str, offset: tuple[int, ...] | None) -> Record:
-    return Record(INDEX, (key, None if offset is None else _size(offset)))
-
-
-def _info(file: str, offset: int, length: int) -> Record:
-    return Record(INFO, (file, offset, length))
+@lru_cache(maxsize=4096)
+def _extents(box: Box) -> Sizes:
+    return Sizes(box_shape(box))
