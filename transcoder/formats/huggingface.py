@@ -13,9 +13,9 @@ from typing import Any
 
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import LISTED_PROBLEMS, Problem, reason, refuse
-from transcoder.formats.safetensors import INDEX_LIMIT, INDEX_NAME, SINGLE_NAME, Shard, read_index, read_shard
-from transcoder.hfconfig import read_config
-from transcoder.paths import open_regular, read_small
+from transcoder.formats.safetensors import INDEX_LIMIT, INDEX_NAME, SINGLE_NAME, Shard, read_shard, weight_map
+from transcoder.hfconfig import raw_json, read_config
+from transcoder.paths import open_regular
 from transcoder.spec import TensorSpec
 
 SIDE_LIMIT, SIDE_TOTAL = 64 << 20, 256 << 20  # bytes of one side file, and of all
@@ -92,7 +92,8 @@ def _remarks(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | None]:
     if os.path.lexists(path / INDEX_NAME):
-        weights = read_index(path / INDEX_NAME)
+        index, table = raw_json(path / INDEX_NAME, INDEX_LIMIT)
+        weights = weight_map(table, INDEX_NAME)
         names = sorted(set(weights.values()))
         missing = [
             Problem(file=name, expected="a shard that the index names", found="no such file")
@@ -101,7 +102,7 @@ def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | 
         ]
         if missing:
             raise refuse("missing-shard", "shards are missing: the download may be incomplete", missing)
-        return names, read_small(path / INDEX_NAME, INDEX_LIMIT), weights
+        return names, index, weights
     if os.path.lexists(path / SINGLE_NAME):
         return [SINGLE_NAME], None, None
     problem = Problem(
