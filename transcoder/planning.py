@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,18 @@ if TYPE_CHECKING:
     from transcoder.resharding import ReshardPlan
 
 MAX_SHARD = 5_000_000_000  # bytes
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: a plan is a million objects without cycles, which would be looked at again."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def plan_hf2mcore(
@@ -42,7 +57,7 @@ def plan_hf2mcore(
     from transcoder.importing import plan_import
     from transcoder.mapped import reading
 
-    with reading(Path(src)):
+    with reading(Path(src)), _uncollected():
         return plan_import(
             Path(src),
             Mesh(tp, pp, ep, etp),
@@ -82,7 +97,7 @@ def plan_mcore2hf(
     if quantize not in ("", "like-source"):
         raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
     layout = "" if expert_layout == "like-source" else expert_layout
-    with reading(Path(src)):
+    with reading(Path(src)), _uncollected():
         megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize), follow_links=follow_links)
         return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
 
@@ -112,7 +127,7 @@ def plan_reshard(
     from transcoder import resharding
     from transcoder.mapped import reading
 
-    with reading(Path(src)):
+    with reading(Path(src)), _uncollected():
         return resharding.plan_reshard(
             Path(src),
             Mesh(tp, pp, ep, etp),

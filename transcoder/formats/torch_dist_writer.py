@@ -19,7 +19,7 @@ from transcoder.disk import PIECE, sized, start_flush, sync_folder, write_all
 from transcoder.formats.archive import TensorItem, archive, tensor_item
 from transcoder.formats.forms import HOLE, Filled, Form, Sizes
 from transcoder.formats.pickled import Global, Made, Record, dumps
-from transcoder.spec import Box, Chunk, DType, TensorSpec, box_shape
+from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
 from transcoder.sums import Sums
 
 DCP = "torch.distributed.checkpoint"
@@ -55,7 +55,7 @@ class Placement:
         """The container of a chunk of `spec`."""
         if self.items:
             return self.items[spec.name, chunk.box]
-        container = _container(spec.dtype, box_shape(chunk.box))
+        container = _around(spec.dtype.name, chunk.box)
         return chunk.file, chunk.offset - container.payload_offset, container.length
 
     def chunks(self) -> Iterator[tuple[TensorSpec, Chunk]]:
@@ -64,8 +64,9 @@ class Placement:
 
 
 @lru_cache(maxsize=4096)
-def _container(dtype: DType, shape: tuple[int, ...]) -> TensorItem:
-    return tensor_item(dtype, shape)
+def _around(dtype: str, box: Box) -> TensorItem:
+    """The container of a chunk."""
+    return tensor_item(DTYPES[dtype], box_shape(box))
 
 
 def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Placement:
@@ -75,14 +76,15 @@ def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Plac
     blob = archive(dumps([None]))
     sizes = {f"__{rank}_{number}.distcp": 0 for rank in range(ranks) for number in range(SETS)}
     sizes["__0_0.distcp"] = len(blob)
-    files = {name: name for name in sizes}  # one text for all chunks of a file
+    names = [[f"__{rank}_{number}.distcp" for number in range(SETS)] for rank in range(ranks)]
+    boxes: dict[Box, Box] = {}  # one object for all chunks that have it
     chunks: list[dict[int, Chunk]] = [{} for _ in wanted]
     ordered = sorted((order, n, i) for n, tensor in enumerate(wanted) for i, (_, _, order) in enumerate(tensor.chunks))
     for _, n, i in ordered:
         tensor, (box, rank, _) = wanted[n], wanted[n].chunks[i]
-        file = files[f"__{rank}_{sets[tensor.name]}.distcp"]
-        item = _container(tensor.dtype, box_shape(box))
-        chunks[n][i] = Chunk(box, file, sizes[file] + item.payload_offset, item.payload_size)
+        file, item = names[rank][sets[tensor.name]], _around(tensor.dtype.name, box)
+        start = sizes[file] + item.payload_offset
+        chunks[n][i] = Chunk(boxes.setdefault(box, box), file, start, item.payload_size)
         sizes[file] += item.length
     catalog = {
         t.name: TensorSpec(t.name, t.dtype, t.shape, tuple(chunks[n][i] for i in range(len(t.chunks))))
@@ -141,7 +143,7 @@ class TorchDistWriter:
 
     def _close(self, key: str, chunk: Chunk, crc: int) -> None:
         self.crcs[key, chunk.box] = crc
-        item = _container(self.placement.catalog[key].dtype, box_shape(chunk.box))
+        item = _around(self.placement.catalog[key].dtype.name, chunk.box)
         file = self._files[chunk.file]
         write_all(file, memoryview(item.prefix), chunk.offset - item.payload_offset)
         write_all(file, memoryview(item.suffix(crc)), chunk.offset + chunk.nbytes)
@@ -171,7 +173,7 @@ class TorchDistWriter:
         found = dict.fromkeys(self.placement.sizes, 0)
         found["__0_0.distcp"] = crc32(self.placement.blob)
         for spec, chunk in sorted(self.placement.chunks(), key=lambda pair: pair[1].offset):
-            item, file = _container(spec.dtype, box_shape(chunk.box)), chunk.file
+            item, file = _around(spec.dtype.name, chunk.box), chunk.file
             crc = self.crcs[spec.name, chunk.box]
             for part, size in ((crc32(item.prefix), len(item.prefix)), (crc, item.payload_size)):
                 found[file] = crc32_combine(found[file], part, size)
