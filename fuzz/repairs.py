@@ -65,7 +65,7 @@ def digest(data: bytes) -> bytes:
     """A manifest with its own digest, as far as it is a JSON object that can be written again."""
     try:
         table = json.loads(data)
-        return manifest.emit({key: value for key, value in table.items() if key != "self"})
+        return bytes(manifest.emit({key: value for key, value in table.items() if key != "self"}))
     except (ValueError, TypeError, AttributeError, RecursionError):
         return data
 
@@ -78,7 +78,7 @@ def edited_manifest(rng: Random, data: bytes) -> bytes:
     headers = table["restore"]["headers"]
     name = rng.choice(sorted(headers))
     headers[name] = manifest.pack(_header(rng, manifest.unpack(headers[name])))
-    return manifest.emit({key: value for key, value in table.items() if key != "self"})
+    return bytes(manifest.emit({key: value for key, value in table.items() if key != "self"}))
 
 
 def _header(rng: Random, header: bytes) -> bytes:

@@ -104,9 +104,7 @@ def _sight(tensor: HfTensor, pair: Pair) -> Sight:
     side = tensor.family.mcore[pair.part]
     own = tensor.family.rule.hf[tensor.part].name_axes
     names = (*own, *pair.fixed)
-    dims = tuple(
-        dim for dim, node in enumerate(side.layout.dims) if isinstance(node, Axis) and node.name in own
-    )
+    dims = tuple(dim for dim, node in enumerate(side.layout.dims) if isinstance(node, Axis) and node.name in own)
     places = {name: i for i, name in enumerate(names)}
     nodes = [side.layout.dims[dim] for dim in dims]
     shifted = tuple(places[node.name] for node in nodes if isinstance(node, Axis))

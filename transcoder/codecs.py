@@ -89,7 +89,7 @@ def weights_of(catalog: Catalog, config: Mapping[str, Any]) -> Weights:
     if problems:
         raise refuse("quantised", f"{len(problems)} tensors of quantised weights lack their partner", problems)
     found = {name: spec for name, spec in catalog.items() if name not in parts}
-    found |= {name: TensorSpec(name, usual, codec.shape, codec.parts[0].chunks) for name, codec in codecs.items()}
+    found |= {name: codec.parts[0].known_as(name, usual, codec.shape) for name, codec in codecs.items()}
     return Weights(found, codecs)
 
 

@@ -64,6 +64,33 @@ class TensorSpec:
         """Payload bytes of the whole tensor."""
         return prod(self.shape) * self.dtype.size
 
+    def known_as(self, name: str, dtype: DType, shape: tuple[int, ...]) -> TensorSpec:
+        """What the same chunks hold, seen otherwise."""
+        return TensorSpec(name, dtype, shape, self.chunks)
+
+
+class Whole(TensorSpec):
+    """A tensor in one chunk, which is made when it is asked for: a model has a hundred thousand of these."""
+
+    __slots__ = ("file", "offset", "stored")
+    file: str
+    offset: int
+    stored: int  # bytes
+
+    def __init__(self, name: str, dtype: DType, shape: tuple[int, ...], file: str, offset: int, stored: int) -> None:
+        put = object.__setattr__
+        put(self, "name", name), put(self, "dtype", dtype), put(self, "shape", shape)
+        put(self, "file", file), put(self, "offset", offset), put(self, "stored", stored)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Its one chunk."""
+        return (Chunk(tuple((0, extent) for extent in self.shape), self.file, self.offset, self.stored),)
+
+    def known_as(self, name: str, dtype: DType, shape: tuple[int, ...]) -> TensorSpec:
+        """What the same chunk holds, seen otherwise."""
+        return Whole(name, dtype, shape, self.file, self.offset, self.stored)
+
 
 Catalog = Mapping[str, TensorSpec]  # everything a checkpoint contains, by name
 

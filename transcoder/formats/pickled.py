@@ -91,13 +91,18 @@ def dumps(value: object, protocol: int = 2) -> bytes:
     >>> dumps({"a": [1, None]}, 4)
     b'\\x80\\x04}\\x8c\\x01a\\x94](K\\x01Nes.'
     """
+    return bytes(dumped(value, protocol))
+
+
+def dumped(value: object, protocol: int = 2) -> memoryview:
+    """The same without a copy of what may be large."""
     if protocol not in (2, 4):
         raise TranscoderError(f"pickle protocol {protocol} is not written")
     writer = Writer(protocol)
     writer.out += bytes([0x80, protocol])
     writer.save(value)
     writer.out += b"."
-    return bytes(writer.out)
+    return memoryview(writer.out)
 
 
 class Writer:

@@ -19,7 +19,7 @@ from typing import Any
 from transcoder.errors import Problem, reason, refuse
 from transcoder.hfconfig import parse_json, read_json
 from transcoder.paths import open_regular, plain_name
-from transcoder.spec import BY_SAFETENSORS, DTYPES, Box, Chunk, DType, TensorSpec
+from transcoder.spec import BY_SAFETENSORS, DTYPES, DType, TensorSpec, Whole
 
 HEADER_LIMIT = 100_000_000  # bytes
 INDEX_LIMIT = 256 << 20  # bytes
@@ -76,22 +76,20 @@ def shard_tensors(name: str, header: bytes, size: int) -> tuple[TensorSpec, ...]
     if header[8:9] != b"{":
         raise ValueError("the header does not start with '{'")
     specs = usual_tensors(name, header) or _any_tensors(name, header)
-    specs.sort(key=lambda spec: (spec.chunks[0].offset, spec.chunks[0].nbytes))
+    specs.sort(key=lambda spec: (spec.offset, spec.stored))
     end = len(header)
     for spec in specs:
-        if spec.chunks[0].offset != end:
-            raise ValueError(
-                f"{spec.name!r} starts at byte {spec.chunks[0].offset}, expected {end}: a hole or an overlap"
-            )
-        end += spec.chunks[0].nbytes
+        if spec.offset != end:
+            raise ValueError(f"{spec.name!r} starts at byte {spec.offset}, expected {end}: a hole or an overlap")
+        end += spec.stored
     if end != size:
-        cut = [spec.name for spec in specs if spec.chunks[0].offset + spec.chunks[0].nbytes > size]
+        cut = [spec.name for spec in specs if spec.offset + spec.stored > size]
         where = f", within {cut[0]!r} or before" if cut else ""
         raise ValueError(f"the tensors end at byte {end}, the file has {size}: truncated or trailing bytes{where}")
     return tuple(specs)
 
 
-def _any_tensors(file: str, header: bytes) -> list[TensorSpec]:
+def _any_tensors(file: str, header: bytes) -> list[Whole]:
     """The tensors of a header in any spelling, in its order. Raises ValueError."""
     table = parse_json(header[8:])
     _check_metadata(table.pop("__metadata__", {}))
@@ -107,7 +105,7 @@ _AROUND = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
 _METADATA = re.compile(r'\{"__metadata__":(\{[^{}]*\}),')
 
 
-def usual_tensors(file: str, header: bytes) -> list[TensorSpec]:
+def usual_tensors(file: str, header: bytes) -> list[Whole]:
     """What `_any_tensors` gives, in a third of its time; nothing where something is unusual or wrong."""
     try:
         text = header[8:].decode().rstrip(" ")
@@ -117,28 +115,28 @@ def usual_tensors(file: str, header: bytes) -> list[TensorSpec]:
         return []
     listed = f"{text[metadata.end() if metadata else 1 : -1]},"
     entries = _ENTRY.findall(listed)
-    whole = text.endswith("}}") and sum(len("".join(entry)) for entry in entries) + _AROUND * len(entries) == len(listed)
-    if not whole or len({entry[0] for entry in entries}) < len(entries):
+    length = sum(len("".join(entry)) for entry in entries) + _AROUND * len(entries)
+    if not text.endswith("}}") or length != len(listed) or len({entry[0] for entry in entries}) < len(entries):
         return []
-    specs = []
+    specs, base = [], len(header)
     for name, dtype_text, shape_text, start, end in entries:
-        dtype, shape, box, nbytes = _sized(dtype_text, shape_text)
+        dtype, shape, nbytes = _sized(dtype_text, shape_text)
         offset = int(start)
         if int(end) - offset != nbytes:
             return []
-        specs.append(TensorSpec(name, dtype, shape, (Chunk(box, file, len(header) + offset, nbytes),)))
+        specs.append(Whole(name, dtype, shape, file, base + offset, nbytes))
     return specs
 
 
 @lru_cache(maxsize=4096)
-def _sized(dtype_text: str, shape_text: str) -> tuple[DType, tuple[int, ...], Box, int]:
-    """Dtype, shape, box and bytes of tensors; a size that no tensor has where one of them is unusual or wrong."""
+def _sized(dtype_text: str, shape_text: str) -> tuple[DType, tuple[int, ...], int]:
+    """Dtype, shape and bytes of tensors; a size that no tensor has where one of them is unusual or wrong."""
     dtype = BY_SAFETENSORS.get(dtype_text)
     parts = shape_text.split(",") if shape_text else []
     if dtype is None or any(not 0 < len(part) < 18 or part != str(int(part)) for part in parts):
-        return DTYPES["uint8"], (), (), -1
-    shape, box = _whole(tuple(map(int, parts)))
-    return dtype, shape, box, prod(shape) * dtype.size if len(shape) <= 16 else -1
+        return DTYPES["uint8"], (), -1
+    shape = _shared(tuple(map(int, parts)))
+    return dtype, shape, prod(shape) * dtype.size if len(shape) <= 16 else -1
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -146,7 +144,7 @@ def _check_metadata(metadata: Any) -> None:
         raise ValueError("__metadata__ is not a table of texts")
 
 
-def _spec(file: str, name: str, entry: Any, base: int) -> TensorSpec:
+def _spec(file: str, name: str, entry: Any, base: int) -> Whole:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r}: expected dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -160,14 +158,13 @@ def _spec(file: str, name: str, entry: Any, base: int) -> TensorSpec:
     nbytes = offsets[1] - offsets[0]
     if prod(shape) * dtype.size != nbytes:
         raise ValueError(f"{name!r}: {shape} of {dtype.name} needs {prod(shape) * dtype.size} bytes, found {nbytes}")
-    whole, box = _whole(tuple(shape))
-    return TensorSpec(name, dtype, whole, (Chunk(box, file, base + offsets[0], nbytes),))
+    return Whole(name, dtype, _shared(tuple(shape)), file, base + offsets[0], nbytes)
 
 
 @lru_cache(maxsize=4096)
-def _whole(shape: tuple[int, ...]) -> tuple[tuple[int, ...], Box]:
-    """A shape and its box, one object for all tensors that have it."""
-    return shape, tuple((0, extent) for extent in shape)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for all tensors that have the shape."""
+    return shape
 
 
 def _sizes(values: Any) -> bool:

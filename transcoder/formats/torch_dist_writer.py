@@ -18,7 +18,7 @@ from isal.isal_zlib import crc32, crc32_combine
 from transcoder.disk import PIECE, sized, start_flush, sync_folder, write_all
 from transcoder.formats.archive import TensorItem, archive, tensor_item
 from transcoder.formats.forms import HOLE, Filled, Form, Sizes
-from transcoder.formats.pickled import Global, Made, Record, dumps
+from transcoder.formats.pickled import Global, Made, Record, dumped, dumps
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
 from transcoder.sums import Sums
 
@@ -195,12 +195,12 @@ OBJECT_INDEX = Form(Record(Global(f"{DCP}.metadata", "MetadataIndex"), (HOLE, No
 INFO = Form(Record(Global(f"{DCP}.filesystem", "_StorageInfo"), (HOLE, HOLE, HOLE)))
 
 
-def metadata(placement: Placement) -> bytes:
+def metadata(placement: Placement) -> memoryview:
     """The bytes of `.metadata`: torch's Metadata with the two attributes that loaders need."""
     objects, stored = len(placement.objects), placement.catalog.values()
     tensors = Made(objects + len(stored), lambda: _tensors(placement))
     storage = Made(objects + sum(len(spec.chunks) for spec in stored), lambda: _storage(placement))
-    return dumps(Record(METADATA, (tensors, None, storage)))
+    return dumped(Record(METADATA, (tensors, None, storage)))
 
 
 def _tensors(placement: Placement) -> Iterator[tuple[object, object]]:
