@@ -146,7 +146,7 @@ def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, A
 def restore_table(source: HfDirectory) -> dict[str, Any]:
     """Header bytes of every shard and the index file, packed."""
     headers = {shard.name: manifest.pack(shard.header) for shard in source.shards}
-    return {"headers": headers, "index": manifest.pack(source.index) if source.index is not None else ""}
+    return {"headers": headers, "index": manifest.pack(source.index.data) if source.index is not None else ""}
 
 
 def _is_tokenizer_file(name: str) -> bool:

@@ -13,7 +13,16 @@ from typing import Any
 
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import LISTED_PROBLEMS, Problem, reason, refuse
-from transcoder.formats.safetensors import INDEX_LIMIT, INDEX_NAME, SINGLE_NAME, Shard, read_shard, weight_map
+from transcoder.formats.safetensors import (
+    INDEX_LIMIT,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Packed,
+    Shard,
+    packed,
+    read_shard,
+    weight_map,
+)
 from transcoder.hfconfig import raw_json, read_config
 from transcoder.paths import open_regular
 from transcoder.spec import TensorSpec
@@ -49,7 +58,7 @@ class HfDirectory:
     path: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
-    index: bytes | None
+    index: Packed | None
     side_files: tuple[str, ...]
     warnings: tuple[str, ...]
     follow_links: bool = False  # whether shards may be links that lead out of the directory
@@ -90,7 +99,7 @@ def _remarks(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(halves)} downloads into this directory are unfinished, {halves[0]} among them"
 
 
-def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | None]:
+def _shard_names(path: Path) -> tuple[list[str], Packed | None, dict[str, str] | None]:
     if os.path.lexists(path / INDEX_NAME):
         index, table = raw_json(path / INDEX_NAME, INDEX_LIMIT)
         weights = weight_map(table, INDEX_NAME)
@@ -102,7 +111,7 @@ def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | 
         ]
         if missing:
             raise refuse("missing-shard", "shards are missing: the download may be incomplete", missing)
-        return names, index, weights
+        return names, packed(index), weights
     if os.path.lexists(path / SINGLE_NAME):
         return [SINGLE_NAME], None, None
     problem = Problem(

@@ -16,6 +16,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from isal.isal_zlib import compress, decompress
+
 from transcoder.errors import Problem, reason, refuse
 from transcoder.hfconfig import parse_json, read_json
 from transcoder.paths import open_regular, plain_name
@@ -28,13 +30,40 @@ SINGLE_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Bytes that a plan keeps to the end, in a tenth of their room."""
+
+    packed: bytes
+
+    @property
+    def data(self) -> bytes:
+        """The bytes."""
+        return bytes(decompress(self.packed))
+
+
+def packed(data: bytes) -> Packed:
+    """Bytes to keep. Packing 100 MB takes about 50 ms."""
+    return Packed(compress(data, 1))
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One file: its name, size in bytes, the raw header (length field included) and its tensors."""
 
     name: str
     size: int
-    header: bytes
+    kept: Packed
     tensors: tuple[TensorSpec, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The raw header, length field included."""
+        return self.kept.data
+
+
+def shard(name: str, header: bytes, size: int) -> Shard:
+    """The file of this name, header and size in bytes. Raises ValueError, TypeError, RecursionError."""
+    return Shard(name, size, packed(header), shard_tensors(name, header, size))
 
 
 def read_shard(path: Path, follow_links: bool = False) -> Shard:
@@ -43,7 +72,7 @@ def read_shard(path: Path, follow_links: bool = False) -> Shard:
         with open_regular(path, follow_links) as file:
             size = os.fstat(file.fileno()).st_size
             header = _header_bytes(file, size)
-        return Shard(path.name, size, header, shard_tensors(path.name, header, size))
+        return shard(path.name, header, size)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         problem = Problem(file=path.name, message=_explained(path, follow_links) or reason(error))
         raise refuse("safetensors", "a safetensors file was refused", [problem]) from error
