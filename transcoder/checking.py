@@ -12,7 +12,7 @@ from isal.isal_zlib import crc32, crc32_combine
 
 from transcoder import checksums, manifest
 from transcoder.errors import DifferenceError, InputError, Problem
-from transcoder.formats.huggingface import open_hf
+from transcoder.formats.huggingface import is_hf, open_hf
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.iterations import current_rows, find_iteration, notes
 from transcoder.original import kept_headers, kept_index
@@ -41,11 +41,6 @@ def check(
         if error.kind in NOT_DAMAGE:
             raise
         raise DifferenceError(str(error.args[0]), kind=error.kind, problems=error.problems) from error
-
-
-def is_hf(directory: Path) -> bool:
-    """Whether the directory is a Hugging Face one, by its marker file."""
-    return os.path.lexists(directory / "config.json") and not os.path.lexists(directory / ".metadata")
 
 
 def _check_hf(directory: Path, sample: float, follow_links: bool) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def plan(src: str, **chosen: Any) -> int:
 
     def work() -> Report:
         from transcoder import planning
-        from transcoder.checking import is_hf
+        from transcoder.formats.huggingface import is_hf
 
         _, arguments = _writing(chosen)
         planner = planning.plan_hf2mcore if is_hf(Path(src)) else planning.plan_mcore2hf

@@ -8,10 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from transcoder.checking import is_hf
 from transcoder.dialects import dialect_of
 from transcoder.errors import InputError
-from transcoder.formats.huggingface import open_hf
+from transcoder.formats.huggingface import is_hf, open_hf
 from transcoder.formats.torch_dist import open_torch_dist, read_common
 from transcoder.hfconfig import architecture_of, read_config
 from transcoder.iterations import find_iteration, notes

@@ -112,8 +112,7 @@ def architectures() -> dict[str, Any]:
 
 def open_checkpoint(path: PathLike) -> Any:
     """The catalog of a Hugging Face directory or a Megatron checkpoint: name → TensorSpec. Raises InputError."""
-    from transcoder.checking import is_hf
-    from transcoder.formats.huggingface import open_hf
+    from transcoder.formats.huggingface import is_hf, open_hf
     from transcoder.formats.torch_dist import open_torch_dist
     from transcoder.iterations import find_iteration
 

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Iterable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import UsageError
-from transcoder.exportplan import ExportPlan
-from transcoder.importing import ImportPlan
 from transcoder.planner import Model
-from transcoder.resharding import ReshardPlan
+
+if TYPE_CHECKING:
+    from transcoder.exportplan import ExportPlan
+    from transcoder.importing import ImportPlan
+    from transcoder.resharding import ReshardPlan
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 

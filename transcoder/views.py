@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from transcoder.checking import is_hf
 from transcoder.chunks import CheckedChunks
 from transcoder.engine import Array, Payloads, bands, converted, received
 from transcoder.errors import InputError
-from transcoder.formats.huggingface import open_hf
+from transcoder.formats.huggingface import is_hf, open_hf
 from transcoder.kept import Kept
 from transcoder.kernels.casts import to_float32
 from transcoder.megatron import Megatron, open_megatron

@@ -74,6 +74,11 @@ class HfDirectory:
         return weights_of(self.catalog, self.config)
 
 
+def is_hf(directory: Path) -> bool:
+    """Whether the directory is a Hugging Face one, by its marker file."""
+    return os.path.lexists(directory / "config.json") and not os.path.lexists(directory / ".metadata")
+
+
 def open_hf(path: Path, follow_links: bool = False) -> HfDirectory:
     """The directory, its headers validated and its index compared with them. Raises InputError."""
     if not path.is_dir():
