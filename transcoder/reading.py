@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import DifferenceError, PathLike, Problem
-from transcoder.progress import Listener
 
 if TYPE_CHECKING:
     from transcoder.exportplan import ExportPlan
     from transcoder.importing import ImportPlan
+    from transcoder.progress import Listener
     from transcoder.resharding import ReshardPlan
     from transcoder.views import View
 

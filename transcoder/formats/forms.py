@@ -21,7 +21,7 @@ HOLE = Hole()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Form:
-    """A record with holes. Forms are told apart by identity: make each once."""
+    """A record with holes and without a state. Forms are told apart by identity: make each once."""
 
     record: Record
 

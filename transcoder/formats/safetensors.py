@@ -145,7 +145,8 @@ def usual_tensors(file: str, header: bytes) -> list[Whole]:
     listed = f"{text[metadata.end() if metadata else 1 : -1]},"
     entries = _ENTRY.findall(listed)
     length = sum(len("".join(entry)) for entry in entries) + _AROUND * len(entries)
-    if not text.endswith("}}") or length != len(listed) or len({entry[0] for entry in entries}) < len(entries):
+    names = {entry[0] for entry in entries}
+    if not text.endswith("}}") or length != len(listed) or len(names) < len(entries) or "__metadata__" in names:
         return []
     specs, base = [], len(header)
     for name, dtype_text, shape_text, start, end in entries:
