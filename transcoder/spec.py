@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 Box = tuple[tuple[int, int], ...]  # per dimension (start, stop), in elements
@@ -85,7 +86,7 @@ class Whole(TensorSpec):
     @property
     def chunks(self) -> tuple[Chunk, ...]:
         """Its one chunk."""
-        return (Chunk(tuple((0, extent) for extent in self.shape), self.file, self.offset, self.stored),)
+        return (Chunk(whole_box(self.shape), self.file, self.offset, self.stored),)
 
     def known_as(self, name: str, dtype: DType, shape: tuple[int, ...]) -> TensorSpec:
         """What the same chunk holds, seen otherwise."""
@@ -93,6 +94,16 @@ class Whole(TensorSpec):
 
 
 Catalog = Mapping[str, TensorSpec]  # everything a checkpoint contains, by name
+
+
+@lru_cache(maxsize=4096)
+def whole_box(shape: tuple[int, ...]) -> Box:
+    """The box of all elements.
+
+    >>> whole_box((3, 4))
+    ((0, 3), (0, 4))
+    """
+    return tuple((0, extent) for extent in shape)
 
 
 def box_shape(box: Box) -> tuple[int, ...]:

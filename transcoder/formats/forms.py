@@ -7,9 +7,8 @@ compiled stretch is therefore one integer, in which adding 1 to every slot numbe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-from transcoder.formats.pickled import SAVERS, Record, Writer, dumps
+from transcoder.formats.pickled import SAVERS, Record, Writer, integers
 
 
 class Hole:
@@ -35,7 +34,7 @@ class Filled:
 
 
 class Sizes(tuple[int, ...]):
-    """A tuple of integers, of which the same ones are written again and again."""
+    """A tuple of integers, written without asking of each what it is."""
 
 
 _Stretch = tuple[int, int, int, int]  # opcodes as an integer, 1 at each slot number, bytes, slots
@@ -99,15 +98,9 @@ def _plain(value: object, rest: list[object]) -> object:
 
 
 def _save_sizes(w: Writer, value: Sizes) -> None:
-    w.out.extend(_opcodes(value))
+    w.out.extend(integers(value))
     if value:
         w.container()
-
-
-@lru_cache(maxsize=4096)
-def _opcodes(value: Sizes) -> bytes:
-    """A tuple of integers without a memo slot: at protocol 4 it has none."""
-    return dumps(tuple(value), 4)[2:-1]
 
 
 def _save_hole(recorder: _Recorder, _: Hole) -> None:

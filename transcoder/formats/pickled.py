@@ -161,22 +161,29 @@ def _indexed(short: bytes, long: bytes, index: int) -> bytes:
     return short + bytes([index]) if index < 256 else long + index.to_bytes(4, "little")
 
 
-def _save_int(w: Writer, value: int) -> None:
+def integer(value: int) -> bytes:
+    """The opcode that pushes an integer, as small as it can be."""
     if 0 <= value < 256:
-        w.out.extend(b"K" + value.to_bytes(1, "little"))
-    elif 0 <= value < 65536:
-        w.out.extend(b"M" + value.to_bytes(2, "little"))
-    elif -(1 << 31) <= value < 1 << 31:
-        w.out.extend(b"J" + value.to_bytes(4, "little", signed=True))
-    else:
-        _save_long(w, value)
-
-
-def _save_long(w: Writer, value: int) -> None:
+        return b"K" + value.to_bytes(1, "little")
+    if 0 <= value < 65536:
+        return b"M" + value.to_bytes(2, "little")
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
     size = (value if value >= 0 else ~value).bit_length() // 8 + 1
     if size > INT_LIMIT:
         raise TranscoderError(f"an integer of {size} bytes cannot be pickled")
-    w.out.extend(b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True))
+    return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
+
+
+def _save_int(w: Writer, value: int) -> None:
+    w.out.extend(integer(value))
+
+
+def integers(values: tuple[int, ...]) -> bytes:
+    """A tuple of integers without the memo slot that it has at protocol 2."""
+    if not values:
+        return b")"
+    return (b"(" if len(values) > 3 else b"") + b"".join(map(integer, values)) + _TUPLE.get(len(values), b"t")
 
 
 def _save_str(w: Writer, value: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.errors import Problem, printable, refuse
-from transcoder.formats.archive import read_tensor
+from transcoder.formats.archive import read_tensor, tensor_item
 from transcoder.formats.pickles import Global, Pairs, Record, measured
 from transcoder.formats.statefiles import backend_notes, dialect_notes
 from transcoder.formats.statefiles import read_common as read_common
@@ -88,7 +88,12 @@ class TorchDist:
                 "an item lies beyond the end of its file",
                 [Problem(file=item.file, tensor=key, expected=f"{item.offset + item.length} bytes", found=found)],
             )
-        stored = read_tensor(view[item.offset : item.offset + item.length], f"{printable(item.file)}: {printable(key)}")
+        data = view[item.offset : item.offset + item.length]
+        if prod(box_shape(box)) * dtype.size < len(data):
+            usual = tensor_item(dtype, box_shape(box))
+            if (crc := usual.read(data)) is not None:
+                return Chunk(box, item.file, item.offset + usual.payload_offset, usual.payload_size, crc)
+        stored = read_tensor(data, f"{printable(item.file)}: {printable(key)}")
         if (stored.dtype, stored.shape) != (dtype, box_shape(box)):
             expected, found = f"{dtype.name} {list(box_shape(box))}", f"{stored.dtype.name} {list(stored.shape)}"
             raise refuse(
