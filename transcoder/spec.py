@@ -112,4 +112,4 @@ def box_shape(box: Box) -> tuple[int, ...]:
     >>> box_shape(((2, 5), (0, 4)))
     (3, 4)
     """
-    return tuple(stop - start for start, stop in box)
+    return tuple([stop - start for start, stop in box])  # a list is faster here, and this runs for every chunk

@@ -55,7 +55,7 @@ class Placement:
         """The container of a chunk of `spec`."""
         if self.items:
             return self.items[spec.name, chunk.box]
-        container = _around(spec.dtype.name, chunk.box)
+        container = _around(spec.dtype, chunk.box)
         return chunk.file, chunk.offset - container.payload_offset, container.length
 
     def chunks(self) -> Iterator[tuple[TensorSpec, Chunk]]:
@@ -63,10 +63,14 @@ class Placement:
         return ((spec, chunk) for spec in self.catalog.values() for chunk in spec.chunks)
 
 
-@lru_cache(maxsize=4096)
-def _around(dtype: str, box: Box) -> TensorItem:
+def _around(dtype: DType, box: Box) -> TensorItem:
     """The container of a chunk."""
-    return tensor_item(DTYPES[dtype], box_shape(box))
+    return _container(dtype.name, box_shape(box))
+
+
+@lru_cache(maxsize=4096)
+def _container(dtype: str, shape: tuple[int, ...]) -> TensorItem:
+    return tensor_item(DTYPES[dtype], shape)
 
 
 def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Placement:
@@ -82,7 +86,7 @@ def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Plac
     ordered = sorted((order, n, i) for n, tensor in enumerate(wanted) for i, (_, _, order) in enumerate(tensor.chunks))
     for _, n, i in ordered:
         tensor, (box, rank, _) = wanted[n], wanted[n].chunks[i]
-        file, item = names[rank][sets[tensor.name]], _around(tensor.dtype.name, box)
+        file, item = names[rank][sets[tensor.name]], _around(tensor.dtype, box)
         start = sizes[file] + item.payload_offset
         chunks[n][i] = Chunk(boxes.setdefault(box, box), file, start, item.payload_size)
         sizes[file] += item.length
@@ -143,7 +147,7 @@ class TorchDistWriter:
 
     def _close(self, key: str, chunk: Chunk, crc: int) -> None:
         self.crcs[key, chunk.box] = crc
-        item = _around(self.placement.catalog[key].dtype.name, chunk.box)
+        item = _around(self.placement.catalog[key].dtype, chunk.box)
         file = self._files[chunk.file]
         write_all(file, memoryview(item.prefix), chunk.offset - item.payload_offset)
         write_all(file, memoryview(item.suffix(crc)), chunk.offset + chunk.nbytes)
@@ -173,7 +177,7 @@ class TorchDistWriter:
         found = dict.fromkeys(self.placement.sizes, 0)
         found["__0_0.distcp"] = crc32(self.placement.blob)
         for spec, chunk in sorted(self.placement.chunks(), key=lambda pair: pair[1].offset):
-            item, file = _around(spec.dtype.name, chunk.box), chunk.file
+            item, file = _around(spec.dtype, chunk.box), chunk.file
             crc = self.crcs[spec.name, chunk.box]
             for part, size in ((crc32(item.prefix), len(item.prefix)), (crc, item.payload_size)):
                 found[file] = crc32_combine(found[file], part, size)
@@ -219,15 +223,9 @@ def _storage(placement: Placement) -> Iterator[tuple[object, object]]:
 
 def _tensor_metadata(spec: TensorSpec) -> Record:
     properties = Record(PROPERTIES, (Global("torch", spec.dtype.name),))
-    chunks = [Filled(CHUNK, (_starts(chunk.box), _extents(chunk.box))) for chunk in spec.chunks]
+    chunks = [Filled(CHUNK, (_starts(chunk.box), Sizes(box_shape(chunk.box)))) for chunk in spec.chunks]
     return Record(TENSOR, (properties, Record(SIZE, (spec.shape,)), chunks))
 
 
-@lru_cache(maxsize=4096)
 def _starts(box: Box) -> Sizes:
-    return Sizes(start for start, _ in box)
-
-
-@lru_cache(maxsize=4096)
-def _extents(box: Box) -> Sizes:
-    return Sizes(box_shape(box))
+    return Sizes([start for start, _ in box])
