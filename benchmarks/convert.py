@@ -138,7 +138,7 @@ def forget(folder: Path) -> None:
 
 
 def measure(step: Step, size: int, sync: bool, memory: bool, cold: Path | None = None) -> Sample:
-    """Times one step into a fresh folder, with nothing left to flush from earlier steps, and nothing of `cold` cached."""
+    """Times one step into a fresh folder, with nothing left to flush from before and nothing of `cold` cached."""
     shutil.rmtree(step.output, ignore_errors=True)
     os.sync()
     recycle(step.output.parent, size)

@@ -13,8 +13,8 @@ MODELS = {  # GB of FP8 files, GB as bfloat16, size against DeepSeek-V3 for plan
 CORES = (2, 64)
 STORAGE = (0.8, 4.0, 40.0)  # GB/s
 ASSUMPTIONS = (
-    "FP8 files become bfloat16; CPU seconds = GB of bfloat16 x (CPU s/GB of a bfloat16 import with 2 workers + 1 / GB/s of "
-    "the FP8 kernel on one core)",
+    "FP8 files become bfloat16; CPU seconds = GB of bfloat16 x (CPU s/GB of a bfloat16 import with 2 workers + 1 / GB/s "
+    "of the FP8 kernel on one core)",
     "cores add up without loss: not measured beyond two, and memory bandwidth will end it earlier",
     "the storage reads and writes at its speed at the same time, so the larger of the two counts",
     "moving and computing overlap: the slower of the two decides; planning and `.metadata` are added",
@@ -24,7 +24,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured: CPU s/GB of bfloat16, GB/s of one core's FP8 decoding, seconds to plan 671B and write .metadata."""
+    """Measured: CPU s/GB of bfloat16, GB/s of one core's FP8 decoding, seconds to plan 671B and for .metadata."""
 
     cpu: float
     decode: float

@@ -16,8 +16,8 @@ START = 0.3  # seconds that the targets grant for starting
 class Result:
     """One row: its samples, what is aimed at, and what the machine allows.
 
-    issue: the row of the table of targets that it belongs to. target: None where nothing is demanded; limit: in the same
-    unit, and `why` says what it is. slow: for each sample, whether the copy of its round fell into the slow mode.
+    issue: the row of the table of targets that it belongs to. target: None where nothing is demanded; limit: in the
+    same unit, and `why` says what it is. slow: for each sample, whether the copy of its round fell into the slow mode.
     """
 
     issue: str

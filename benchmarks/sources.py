@@ -27,7 +27,7 @@ SHAPES = {  # the Llamas: shape, and whether the output layer is tied to the emb
     "llama-1b": (Shape(), True),
     "llama-5.6g": (LLAMA_8B, False),
     "wide": (WIDE, False),
-    "tiny": (replace(TINY, vocabulary=1024, hidden=512, heads=8, head_dim=64, ffn=1024), True),
+    "tiny": (replace(TINY, layers=2, vocabulary=1024, hidden=512, heads=8, head_dim=64, ffn=1024), True),
 }
 MOE = "qwen3-moe-5g"
 MOE_LAYERS = 3

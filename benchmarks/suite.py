@@ -45,7 +45,7 @@ def room(groups: Sequence[str], quick: bool) -> int:
 
 
 def run_peers(folder: Path) -> list[Result]:
-    """What compare_peers.py stored last; peers take long and need gigabytes of packages, so it is a command of its own."""
+    """What compare_peers.py stored last: peers need gigabytes of packages, so measuring them is its own command."""
     stored = folder / "peers.jsonl"
     if not stored.exists():
         say("no peers: run benchmarks/compare_peers.py to measure them beside")
