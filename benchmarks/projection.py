@@ -13,7 +13,7 @@ MODELS = {  # GB of FP8 files, GB as bfloat16, size against DeepSeek-V3 for plan
 CORES = (2, 64)
 STORAGE = (0.8, 4.0, 40.0)  # GB/s
 ASSUMPTIONS = (
-    "FP8 files become bfloat16; CPU seconds = GB of bfloat16 x (CPU s/GB of a bfloat16 import with 2 workers + 1 / GB/s "
+    "FP8 files become bfloat16; CPU seconds = GB of bfloat16 x (CPU s/GB of a bfloat16 import, 2 workers, + 1 / GB/s "
     "of the FP8 kernel on one core)",
     "cores add up without loss: not measured beyond two, and memory bandwidth will end it earlier",
     "the storage reads and writes at its speed at the same time, so the larger of the two counts",

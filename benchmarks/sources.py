@@ -108,3 +108,18 @@ def make_moe(_name: str, folder: Path, quick: bool) -> None:
             end = opened.seek(0, 2)
             opened.seek(8 + head)
             write_tensor(opened, block, number * 1_000_002, end - 8 - head)
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A tokenizer of whole words, which peers want to copy."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, 1000)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": number, "content": text} | flags for number, text in enumerate(list(words)[:3])]
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    table = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": model,
+    }  # fmt: skip
+    write_json(folder / "tokenizer.json", table)
+    names_of = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names_of)
