@@ -18,23 +18,21 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert import INTERVAL, children, folder_bytes, recycle, warm
+from convert import folder_bytes, recycle, warm
 from drawing_peers import draw
 from machine import ROOT, demand_room, describe
+from process_tree import Watch
 from ratios import Result, line, markdown
 from rounds import say
 from rows import PEERS
 from sources import add_tokenizer, make, source_bytes
 
-PSS = re.compile(rb"^Pss:\s+(\d+) kB", re.MULTILINE)
-ANONYMOUS = re.compile(rb"^Anonymous:\s+(\d+) kB", re.MULTILINE)
 # In this order: torch first and by itself, or the resolver takes a CUDA build; then what needs older versions.
 PACKAGES = (
     (["torch==2.13.0"], "torch"),
@@ -67,46 +65,6 @@ class Run:
     cpu: float
     pss: int
     anonymous: int
-
-
-class Watch:
-    """Samples a process tree: the highest sums of proportional and of anonymous memory."""
-
-    def __init__(self, pid: int) -> None:
-        """Starts the sampling thread; every 100 ms, because proportional memory is slow to read."""
-        self.pss = self.anonymous = 0
-        self._pid, self._done = pid, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(5 * INTERVAL):
-            texts = [rollup(pid) for pid in children(self._pid)]
-            self.pss = max(self.pss, sum(kib(PSS, text) for text in texts) << 10)
-            self.anonymous = max(self.anonymous, sum(kib(ANONYMOUS, text) for text in texts) << 10)
-
-    def stop(self) -> None:
-        """Ends the sampling."""
-        self._done.set()
-        self._thread.join()
-
-
-def rollup(pid: int) -> bytes:
-    """The memory of a process; nothing of one that just ended."""
-    try:
-        return Path(f"/proc/{pid}/smaps_rollup").read_bytes()
-    except OSError:
-        return b""
-
-
-def kib(pattern: re.Pattern[bytes], text: bytes) -> int:
-    """A figure of smaps_rollup.
-
-    >>> kib(PSS, b"Rss: 9 kB\\nPss:    7 kB\\nPss_Dirty: 3 kB\\n")
-    7
-    """
-    found = pattern.search(text)
-    return int(found[1]) if found else 0
 
 
 def install(venv: Path) -> dict[str, str]:
