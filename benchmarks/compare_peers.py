@@ -108,13 +108,16 @@ def command(kind: str, venv: Path, out: Path, source: Path) -> list[str]:
 
 def run(kind: str, venv: Path, out: Path, source: Path) -> Run | str:
     """Runs one; what it said last where it failed."""
+    asked = command(kind, venv, out, source)
+    if not shutil.which(asked[0]):
+        return f"{Path(asked[0]).name} is not installed"
     shutil.rmtree(out / kind, ignore_errors=True)
     os.sync()
     recycle(out, folder_bytes(source))
     begun = time.perf_counter()
     errors = out / "errors"
     with errors.open("wb") as said:
-        process = subprocess.Popen(command(kind, venv, out, source), stdout=said, stderr=said, env=environment())
+        process = subprocess.Popen(asked, stdout=said, stderr=said, env=environment())
         watch = Watch(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - begun

@@ -44,9 +44,15 @@ class Linear(Base):
     """This rank's part of a linear layer."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, parallel_mode: str | None = None, tp_size: int = 1,
-        params_dtype: torch.dtype = torch.float32, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        parallel_mode: str | None = None,
+        tp_size: int = 1,
+        params_dtype: torch.dtype = torch.float32,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.parallel_mode, self.use_bias, self.in_features, self.out_features = (
             parallel_mode,
