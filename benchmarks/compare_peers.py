@@ -45,7 +45,18 @@ PACKAGES = (
     (["--no-deps", "mbridge==0.15.1"], "mbridge"),
     (["--no-deps", "megatron-bridge==0.3.1"], "megatron-bridge"),
     (
-        ["omegaconf", "hydra-core", "rich", "tqdm", "six", "tensorboard", "wandb", "nvidia-modelopt", "datasets<4"],
+        [
+            "omegaconf",
+            "hydra-core==1.3.2",
+            "rich",
+            "tqdm",
+            "six",
+            "tensorboard",
+            "wandb",
+            "nvidia-modelopt",
+            "datasets<4",
+            "huggingface_hub<1",
+        ],
         "its needs",
     ),
 )
