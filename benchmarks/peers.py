@@ -41,8 +41,8 @@ def dcp_save(source: str, target: str) -> None:
     dcp.save(state, checkpoint_id=target)
 
 
-def alone() -> None:
-    """A process group of one rank, on gloo, over the loopback interface."""
+def alone(started: bool = True) -> None:
+    """A process group of one rank, on gloo, over the loopback interface; started: not left to the peer to start."""
     import stand_in
     import torch
 
@@ -58,7 +58,8 @@ def alone() -> None:
         LOCAL_RANK="0",
         GLOO_SOCKET_IFNAME="lo",
     )
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    if started:
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1)
 
 
 def parallel() -> None:
@@ -95,7 +96,7 @@ def bridge_import(source: str, target: str) -> None:
 
 def bridge_export(source: str, target: str) -> None:
     """As `scripts/conversion` does it."""
-    alone()
+    alone(started=False)
     from megatron.bridge import AutoBridge
 
     checkpoint, model = source.split(":")
