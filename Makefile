@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-generate demo-real check fuzz test test-full test-exhaustive record wheel
+.PHONY: bench demo demo-generate demo-real check fuzz test test-full test-exhaustive record wheel
 $(VENV)/base: pyproject.toml constraints.txt kernels/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -54,6 +54,13 @@ FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/base
 	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
+# The table of targets as ratios, with limits, drawn and stored in build/bench: an hour, 25 GB of disk. Some groups:
+# make bench BENCH="--only dense,kernels --rounds 5"; whether it runs, in two minutes: make bench BENCH=--quick
+BENCH ?=
+bench: $(VENV)/base
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/suite.py $(BENCH)
 
 # A wheel holds what the source tree holds, kernels/, the schema and, where there is a compiler, its loops included.
 wheel: $(VENV)/base
