@@ -1,4 +1,4 @@
-"""Everything beside the payloads of an import, in order: common.pt, side files, manifest, `.metadata`, trackers."""
+"""Everything beside the payloads of an import, in order: common.pt, side files, manifest, index, trackers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from transcoder import manifest
 from transcoder.checksums import sums
 from transcoder.disk import write_file
 from transcoder.formats.huggingface import HfDirectory
-from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
-from transcoder.formats.torch_dist_writer import metadata
+from transcoder.formats.mcore import common_pt, run_config, train_state
 from transcoder.identity import TOOL_VERSION
 from transcoder.importing import ImportPlan
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
@@ -47,7 +46,7 @@ def write_side_files(
     hashing: how many workers take the SHA-256 of every file for the manifest, too; 0 for none.
     """
     folder, files = work / plan.folder, _side_files(plan)
-    last = {".metadata": metadata(plan.placement), "metadata.json": METADATA_JSON}
+    last = plan.placement.index()
     trackers = _trackers(plan, linked=plan.iteration == "both" and _link(work / "release", plan.folder))
     small: dict[str, bytes | memoryview] = {**files, **last, **{f"../{name}": data for name, data in trackers.items()}}
     if (folder / KEPT).exists():

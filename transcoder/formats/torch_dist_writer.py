@@ -17,35 +17,29 @@ from isal.isal_zlib import crc32, crc32_combine
 
 from transcoder.disk import PIECE, sized, start_flush, sync_folder, write_all
 from transcoder.formats.archive import TensorItem, archive, tensor_item
+from transcoder.formats.mcore import metadata_json
 from transcoder.formats.pickled import Global, Made, Record, dumps
+from transcoder.formats.placement import SETS, Placement, Wanted, balance
 from transcoder.spec import Box, Chunk, DType, TensorSpec, box_shape
 from transcoder.sums import Sums
 
 DCP = "torch.distributed.checkpoint"
-SETS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A tensor to store: its chunks as (box, rank, order), order being the place in the file (the layer)."""
+@dataclass(frozen=True)
+class TorchDistPlacement(Placement):
+    """Every chunk with its item's place, and the objects' one blob."""
 
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    chunks: tuple[tuple[Box, int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Every chunk with its file and offset, every file with its size, and the objects' one blob."""
-
-    catalog: Mapping[str, TensorSpec]
+    form = "torch_dist"
     items: Mapping[tuple[str, Box], tuple[str, int, int]]  # file, offset and length of the whole item
-    sizes: Mapping[str, int]
-    sets: Mapping[str, int]
-    objects: tuple[str, ...]
     blob: bytes
     object_items: Mapping[str, tuple[str, int, int]]  # file, offset and length
+
+    def writer(self, folder: Path, flush: bool) -> TorchDistWriter:
+        return TorchDistWriter(folder, self, flush)
+
+    def index(self) -> dict[str, bytes]:
+        return {".metadata": metadata(self), "metadata.json": metadata_json(self.form)}
 
 
 @lru_cache(maxsize=4096)
@@ -53,7 +47,7 @@ def _container(dtype: DType, shape: tuple[int, ...]) -> TensorItem:
     return tensor_item(dtype, shape)
 
 
-def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Placement:
+def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> TorchDistPlacement:
     """A file and an offset for every chunk. Pure: nothing is written. ranks: how many ranks write files."""
     wanted = sorted(tensors, key=lambda tensor: tensor.name)
     sets = balance({tensor.name: prod(tensor.shape) * tensor.dtype.size for tensor in wanted}, SETS)
@@ -75,20 +69,8 @@ def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Plac
         for t in wanted
     }
     keys = tuple(objects)
-    return Placement(catalog, items, sizes, sets, keys, blob, dict.fromkeys(keys, ("__0_0.distcp", 0, len(blob))))
-
-
-def balance(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Each name to one of `count` sets: in order, always to the set with the fewest bytes.
-
-    >>> balance({"a": 3, "b": 1, "c": 1}, 2)
-    {'a': 0, 'b': 1, 'c': 1}
-    """
-    totals, found = [0] * count, {}
-    for name, size in sizes.items():
-        found[name] = totals.index(min(totals))
-        totals[found[name]] += size
-    return found
+    places = dict.fromkeys(keys, ("__0_0.distcp", 0, len(blob)))
+    return TorchDistPlacement(catalog, sizes, sets, keys, items, blob, places)
 
 
 class TorchDistWriter:
@@ -97,7 +79,7 @@ class TorchDistWriter:
     flush: send every closed container to disk at once, so that little is left for `finish` to wait for.
     """
 
-    def __init__(self, folder: Path, placement: Placement, flush: bool = False) -> None:
+    def __init__(self, folder: Path, placement: TorchDistPlacement, flush: bool = False) -> None:
         self.folder, self.placement, self.flush = folder, placement, flush
         self.crcs: dict[tuple[str, Box], int] = {}
         self._sums = Sums()
@@ -176,7 +158,7 @@ INFO = Global(f"{DCP}.filesystem", "_StorageInfo")
 SIZE = Global("torch", "Size")
 
 
-def metadata(placement: Placement) -> bytes:
+def metadata(placement: TorchDistPlacement) -> bytes:
     """The bytes of `.metadata`: torch's Metadata with the two attributes that loaders need."""
     objects, stored = len(placement.objects), placement.catalog.values()
     tensors = Made(objects + len(stored), lambda: _tensors(placement))
@@ -184,14 +166,14 @@ def metadata(placement: Placement) -> bytes:
     return dumps(Record(METADATA, (tensors, None, storage)))
 
 
-def _tensors(placement: Placement) -> Iterator[tuple[object, object]]:
+def _tensors(placement: TorchDistPlacement) -> Iterator[tuple[object, object]]:
     for key, spec in placement.catalog.items():
         yield key, _tensor_metadata(spec)
     for key in placement.objects:
         yield key, Record(BYTES_OBJECT, ())
 
 
-def _storage(placement: Placement) -> Iterator[tuple[object, object]]:
+def _storage(placement: TorchDistPlacement) -> Iterator[tuple[object, object]]:
     for key, spec in placement.catalog.items():
         for chunk in spec.chunks:
             yield _index(key, tuple(start for start, _ in chunk.box)), _info(*placement.items[key, chunk.box])
