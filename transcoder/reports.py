@@ -12,9 +12,10 @@ from typing import Any
 
 from transcoder.errors import UsageError
 from transcoder.exportplan import ExportPlan
-from transcoder.importing import ImportPlan
+from transcoder.importing import ImportPlan, wanted_chunks
 from transcoder.planner import Model
 from transcoder.resharding import ReshardPlan
+from transcoder.spec import box_shape
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -100,11 +101,10 @@ def rank_parameters(plan: ImportPlan) -> list[dict[str, int]]:
     width = plan.mesh.stage_ranks
     own: dict[int, int] = {}
     shared: dict[int, int] = {}
-    for name, spec in plan.placement.catalog.items():
-        for chunk in spec.chunks:
-            owner = int(chunk.file[2:].split("_", 1)[0])
+    for name, tensor in plan.model.mcore.items():
+        for box, owner, _ in wanted_chunks(tensor, plan.mesh, plan.dtype).chunks:
             counts, place = (own, owner) if sharded[name] else (shared, owner // width)
-            counts[place] = counts.get(place, 0) + chunk.nbytes // spec.dtype.size
+            counts[place] = counts.get(place, 0) + prod(box_shape(box))
     return [
         {"tp": rank, "pp": stage, "parameters": own.get(stage * width + rank, 0) + shared.get(stage, 0)}
         for stage in range(plan.mesh.pp)
