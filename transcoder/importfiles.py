@@ -58,6 +58,7 @@ def write_side_files(
         files[manifest.NAME] = manifest.emit(table)
     for name, data in {**files, **last}.items():
         write_file(folder / name, data, sync)
+    plan.placement.confirm(folder)
     for name, data in trackers.items():
         write_file(work / name, data, sync)
 

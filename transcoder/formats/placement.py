@@ -67,6 +67,10 @@ class Placement(ABC):
     def index(self) -> dict[str, bytes]:
         """The files that say what the payload files hold, in the order of writing; `metadata.json` is the last."""
 
+    @abstractmethod
+    def confirm(self, folder: Path) -> None:
+        """Let another reader open what was written. Raises RuntimeError when it sees something else."""
+
 
 def balance(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """Each name to one of `count` sets: in order, always to the set with the fewest bytes.

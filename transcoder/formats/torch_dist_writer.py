@@ -41,6 +41,9 @@ class TorchDistPlacement(Placement):
     def index(self) -> dict[str, bytes]:
         return {".metadata": metadata(self), "metadata.json": metadata_json(self.form)}
 
+    def confirm(self, folder: Path) -> None:
+        """Nothing: what could read it is not needed to write it."""
+
 
 @lru_cache(maxsize=4096)
 def _container(dtype: DType, shape: tuple[int, ...]) -> TensorItem:

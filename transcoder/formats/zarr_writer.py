@@ -18,7 +18,7 @@ from zlib import crc32 as crc32_of
 from isal.isal_zlib import crc32, crc32_combine
 
 from transcoder.disk import PIECE, sized, start_flush, sync_folders, write_all
-from transcoder.formats import shards, zarr_documents
+from transcoder.formats import shards, zarr_documents, zarr_witness
 from transcoder.formats.archive import archive
 from transcoder.formats.grids import Grid, cut, regular
 from transcoder.formats.mcore import metadata_json
@@ -50,6 +50,9 @@ class ZarrPlacement(Placement):
         objects = dict.fromkeys((f"{key}.pt" for key in self.objects), archive(dumps(None)))
         return {**arrays, **objects, "metadata.json": metadata_json(self.form)}
 
+    def confirm(self, folder: Path) -> None:
+        zarr_witness.confirm(self.form, folder, self.grids)
+
 
 @dataclass(frozen=True)
 class Zarr3Placement(ZarrPlacement):
@@ -68,7 +71,8 @@ class Zarr3Placement(ZarrPlacement):
 
 
 def place(form: str, tensors: Iterable[Wanted], objects: Iterable[str]) -> ZarrPlacement:
-    """A file and an offset for every chunk. Pure: nothing is written. form: `zarr` or `zarr3`."""
+    """A file and an offset for every chunk. Pure: nothing is written. form: `zarr` or `zarr3`. Raises UsageError."""
+    zarr_witness.check_installed(form)
     wanted = sorted(tensors, key=lambda tensor: tensor.name)
     grids = {tensor.name: _grid(form, tensor) for tensor in wanted}
     sets = balance({tensor.name: prod(tensor.shape) * tensor.dtype.size for tensor in wanted}, SETS)
