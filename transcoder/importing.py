@@ -15,7 +15,7 @@ from transcoder.codecs import not_quantised
 from transcoder.dialects import DIALECTS
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
-from transcoder.formats.opening import place
+from transcoder.formats.opening import NOTES, place
 from transcoder.formats.placement import SETS, Placement, Wanted
 from transcoder.formats.safetensors import INDEX_NAME
 from transcoder.hfconfig import architecture_of, normalise
@@ -95,7 +95,7 @@ def plan_import(
     placement = place(form, wanted, model.objects(), mesh.world)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
-    notes = tuple(_remarks(source, model, warnings, ignored, dropped))
+    notes = (*_remarks(source, model, warnings, ignored, dropped), *form_notes(placement))
     padded = model.sizes["vocab"] + model.sizes["pad"]
     return ImportPlan(
         source,
@@ -111,6 +111,11 @@ def plan_import(
         tuple(sorted(ignored)),
         notes,
     )
+
+
+def form_notes(placement: Placement) -> list[str]:
+    """What to know of the format that is written."""
+    return [NOTES[placement.form]] if placement.form in NOTES else []
 
 
 def check_layout(layout: str, divisor: int) -> None:

@@ -101,7 +101,8 @@ def _parallel(arguments: dict[str, Any], files: set[str]) -> dict[str, Any]:
     """What the training arguments say, and how many ranks wrote payloads."""
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size"}
     ranks = {match[1] for name in files if (match := re.match(r"__(\d+)_", name))}
-    return {short: arguments[name] for short, name in names.items() if name in arguments} | {"ranks": len(ranks)}
+    found = {short: arguments[name] for short, name in names.items() if name in arguments}
+    return found | ({"ranks": len(ranks)} if ranks else {})
 
 
 def tree(report: dict[str, Any]) -> Iterator[str]:

@@ -65,6 +65,7 @@ def import_report(plan: ImportPlan, dst: object) -> dict[str, Any]:
         "weights_only": plan.model.weights_only(),
         "iteration": plan.step,
         "folder": plan.folder,
+        "format": plan.placement.form,
         "dtype": plan.dtype.name,
         "megatron_flags": megatron_flags(plan),
         "parallel": {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp},

@@ -16,7 +16,7 @@ from transcoder.errors import UsageError
 from transcoder.exportplan import files_below
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.opening import place
-from transcoder.importing import ImportPlan, check_layout, run_sets, wanted_chunks
+from transcoder.importing import ImportPlan, check_layout, form_notes, run_sets, wanted_chunks
 from transcoder.linking import known_digests, link_files, linked_placement
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.mesh import Mesh
@@ -84,7 +84,7 @@ def plan_reshard(
         atlas,
         iteration,
         (),
-        _notes(source),
+        (*_notes(source), *form_notes(placement)),
     )
     return ReshardPlan(source, plan, link)
 

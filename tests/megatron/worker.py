@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ if importlib.util.find_spec("psutil") is None:
 # 0.15.3 warns of experts over tensor-parallel ranks through a module that it forgot to import.
 model_parallel_config.warnings = warnings
 
+PATIENCE = timedelta(seconds=60)
 DIALECTS: dict[str, dict[str, Any]] = {
     "stacked": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     "per-layer": {"non_homogeneous_layers": True},
@@ -187,6 +189,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         failures = ACTIONS[case["action"]](case, out)
     except Exception:
         failures = [traceback.format_exc()]
+        print(failures[0], file=sys.stderr, flush=True)  # the other ranks may wait for this one in vain
     return {"failures": [f"rank {dist.get_rank()}: {text}" for text in failures], **out}
 
 
@@ -204,7 +207,7 @@ def main(path: str) -> int:
     """Run every case; results go to PATH.out as JSON lines."""
     logging.disable(logging.WARNING)
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     good = True
     with Path(f"{path}.out").open("w") if dist.get_rank() == 0 else Path("/dev/null").open("w") as sink:
         for case in json.loads(Path(path).read_text()):

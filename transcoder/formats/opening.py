@@ -23,6 +23,10 @@ _PLACE: dict[str, Callable[[Iterable[Wanted], Iterable[str], int], Placement]] =
     "zarr": lambda tensors, objects, ranks: zarr_writer.place("zarr", tensors, objects),
     "zarr3": lambda tensors, objects, ranks: zarr_writer.place("zarr3", tensors, objects),
 }
+NOTES = {
+    "zarr": "zarr is loaded by megatron-core 0.15 and older; 0.16 and newer load torch_dist alone",
+    "zarr3": "zarr3 is for tensorstore and zarr; megatron-core loads torch_dist, and zarr up to 0.15",
+}
 
 
 def is_checkpoint(folder: Path) -> bool:
