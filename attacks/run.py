@@ -43,9 +43,10 @@ def prepare(place: Path) -> dict[str, Path]:
     words = ["hf2mcore", str(bases["hf"]), str(bases["made"]), "--tp", "2", "--no-sync"]
     ended = sandbox.run(lambda: command_line(words), place / "log", bounds)
     assert ended.code == 0 and not ended.seen, ended
+    here = Path(__file__).resolve().parent.parent
     for form in ("zarr", "zarr3"):  # written by another process, since tensorstore starts threads; read without it
         words = ["hf2mcore", str(bases["hf"]), str(bases[form]), "--tp", "2", "--no-sync", "--format", form]
-        subprocess.run([sys.executable, "-m", "transcoder", *words], check=True, capture_output=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-m", "transcoder", *words], check=True, capture_output=True, cwd=here)
     return bases
 
 

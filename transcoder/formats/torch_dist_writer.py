@@ -36,9 +36,11 @@ class TorchDistPlacement(Placement):
     object_items: Mapping[str, tuple[str, int, int]]  # file, offset and length
 
     def writer(self, folder: Path, flush: bool) -> TorchDistWriter:
+        """What writes the payload files into `folder`."""
         return TorchDistWriter(folder, self, flush)
 
     def index(self) -> dict[str, bytes]:
+        """`.metadata` and metadata.json."""
         return {".metadata": metadata(self), "metadata.json": metadata_json(self.form)}
 
     def confirm(self, folder: Path) -> None:

@@ -42,6 +42,7 @@ class Zarr(Store):
 
     @property
     def index(self) -> tuple[str, ...]:
+        """metadata.json and the description of every array."""
         return ("metadata.json", *self.documents)
 
     @cached_property

@@ -39,6 +39,7 @@ class ZarrPlacement(Placement):
     grids: Mapping[str, Grid]
 
     def writer(self, folder: Path, flush: bool) -> ZarrWriter:
+        """What writes the payload files into `folder`."""
         return ZarrWriter(folder, self, flush)
 
     def tail(self, key: str) -> bytes:
@@ -46,11 +47,13 @@ class ZarrPlacement(Placement):
         return b""
 
     def index(self) -> dict[str, bytes]:
+        """Every `.zarray`, the objects, a file each, and metadata.json."""
         arrays = {f"{key}/.zarray": zarr_documents.text(zarr_documents.zarray(g)) for key, g in self.grids.items()}
         objects = dict.fromkeys((f"{key}.pt" for key in self.objects), archive(dumps(None)))
         return {**arrays, **objects, "metadata.json": metadata_json(self.form)}
 
     def confirm(self, folder: Path) -> None:
+        """Let tensorstore open every array. Raises RuntimeError."""
         zarr_witness.confirm(self.form, folder, self.grids)
 
 
@@ -61,10 +64,12 @@ class Zarr3Placement(ZarrPlacement):
     form = "zarr3"
 
     def tail(self, key: str) -> bytes:
+        """The index of a shard."""
         grid = self.grids[key]
         return shards.emit(prod(grid.cell) // prod(grid.inner), grid.inner_bytes)
 
     def index(self) -> dict[str, bytes]:
+        """Every `zarr.json`, that of the group included, and metadata.json."""
         arrays = {f"{key}/zarr.json": zarr_documents.text(zarr_documents.zarr_json(g)) for key, g in self.grids.items()}
         group = {"zarr.json": zarr_documents.text(zarr_documents.GROUP)}
         return {**arrays, **group, "metadata.json": metadata_json(self.form)}
