@@ -50,7 +50,7 @@ record: $(VENV)/tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --proved=write
 
 # The full matrices against megatron-core, and conversions that are killed fifty times.
-test-full: $(VENV)/tests
+test-full: $(VENV)/tests .venv-mcore015/done
 	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
 # Every I/O call of every conversion fails once; thousands of mutated inputs; 50,000 tensors. Half an hour.
