@@ -16,6 +16,14 @@ $(VENV)/tests: $(VENV)/base
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,runtime]'
 	touch $@
 
+# megatron-core 0.15.3, the last one that saves and loads zarr, wants other versions of numpy and zarr than the rest.
+.venv-mcore015/done: constraints-mcore015.txt
+	$(PYTHON) -m venv .venv-mcore015
+	.venv-mcore015/bin/pip install -q torch==2.13.0
+	.venv-mcore015/bin/pip install -q -r constraints-mcore015.txt
+	.venv-mcore015/bin/pip install -q --no-deps megatron-core==0.15.3
+	touch $@
+
 # A small trained model: import at TP 2 x PP 2, inspect, verify, export, compare by SHA-256.
 demo: $(VENV)/base
 	bash examples/demo.sh
@@ -42,7 +50,7 @@ record: $(VENV)/tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --proved=write
 
 # The full matrices against megatron-core, and conversions that are killed fifty times.
-test-full: $(VENV)/tests
+test-full: $(VENV)/tests .venv-mcore015/done
 	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
 # Every I/O call of every conversion fails once; thousands of mutated inputs; 50,000 tensors. Half an hour.

@@ -1,4 +1,4 @@
-"""Everything beside the payloads of an import, in order: common.pt, side files, manifest, `.metadata`, trackers."""
+"""Everything beside the payloads of an import, in order: common.pt, side files, manifest, index, trackers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from transcoder import manifest
 from transcoder.checksums import sums
 from transcoder.disk import write_file
 from transcoder.formats.huggingface import HfDirectory
-from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
-from transcoder.formats.torch_dist_writer import metadata
+from transcoder.formats.mcore import common_pt, run_config, train_state
 from transcoder.identity import TOOL_VERSION
 from transcoder.importing import ImportPlan
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
@@ -48,7 +47,7 @@ def write_side_files(
     hashing: how many workers take the SHA-256 of every file for the manifest, too; 0 for none.
     """
     folder, files = work / plan.folder, _side_files(plan)
-    last: Small = {".metadata": metadata(plan.placement), "metadata.json": METADATA_JSON}
+    last: Small = {**plan.placement.index()}
     trackers = _trackers(plan, linked=plan.iteration == "both" and _link(work / "release", plan.folder))
     small: Small = {**files, **last, **{f"../{name}": data for name, data in trackers.items()}}
     if (folder / KEPT).exists():
@@ -60,6 +59,7 @@ def write_side_files(
         files[manifest.NAME] = manifest.emit(table)
     for name, data in {**files, **last}.items():
         write_file(folder / name, data, sync)
+    plan.placement.confirm(folder)
     for name, data in trackers.items():
         write_file(work / name, data, sync)
 

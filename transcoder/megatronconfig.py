@@ -10,7 +10,7 @@ from typing import Any
 
 from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.mcore import SPELLED
-from transcoder.formats.torch_dist import read_common
+from transcoder.formats.statefiles import read_common
 from transcoder.recipe import Field, Recipe, evaluate
 from transcoder.yamltext import read_yaml
 

@@ -46,13 +46,14 @@ def plan_hf2mcore(
     norm_names: str = "te",
     mtp: str = "keep",
     follow_links: bool = False,
+    format: str = "torch_dist",
 ) -> ImportPlan:
     """The plan of an import, decided and proved from headers and config alone. Raises TranscoderError.
 
     tp, pp, ep, etp: sizes of tensor, pipeline, expert and expert-tensor parallelism. layout: one of the key dialects
     `stacked`, `per-layer` and `singleton`; by default what Megatron itself uses.
     iteration: `both`, `release` or a number. arch: the Hugging Face class, when the config does not name it.
-    mtp: `keep` or `drop` the layers of multi-token prediction.
+    mtp: `keep` or `drop` the layers of multi-token prediction. format: `torch_dist`, `zarr` or `zarr3`.
     """
     from transcoder.importing import plan_import
     from transcoder.mapped import reading
@@ -69,6 +70,7 @@ def plan_hf2mcore(
             norm_names=norm_names,
             mtp=mtp,
             follow_links=follow_links,
+            form=format,
         )
 
 
@@ -117,12 +119,13 @@ def plan_reshard(
     hf_model: PathLike | None = None,
     arch: str = "",
     link: bool = False,
+    format: str = "torch_dist",
 ) -> ReshardPlan:
     """The plan of Megatron → Megatron, decided and proved from metadata alone. Raises TranscoderError.
 
     tp, pp, ep, etp: the new grid. layout, norm_names, dtype: as the source has them, by default. hf_model, arch: as in
     `plan_mcore2hf`, for checkpoints that do not say what they hold. link: hard-link the payload files, where no byte of
-    them has to change; the grid is then only what common.pt says of it.
+    them has to change; the grid is then only what common.pt says of it. format: as in `plan_hf2mcore`.
     """
     from transcoder import resharding
     from transcoder.mapped import reading
@@ -139,4 +142,5 @@ def plan_reshard(
             divisor=make_vocab_size_divisible_by,
             iteration=iteration,
             link=link,
+            form=format,
         )

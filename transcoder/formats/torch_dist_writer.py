@@ -18,36 +18,24 @@ from isal.isal_zlib import crc32, crc32_combine
 from transcoder.disk import PIECE, sized, start_flush, sync_folder, write_all
 from transcoder.formats.archive import TensorItem, archive, tensor_item
 from transcoder.formats.forms import HOLE, Filled, Form, Sizes
+from transcoder.formats.mcore import metadata_json
 from transcoder.formats.pickled import Global, Made, Record, dumped, dumps
+from transcoder.formats.placement import SETS, Placement, Wanted, balance
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
 from transcoder.sums import Sums
 
 DCP = "torch.distributed.checkpoint"
-SETS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A tensor to store: its chunks as (box, rank, order), order being the place in the file (the layer)."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    chunks: tuple[tuple[Box, int, int], ...]
 
 
 Item = tuple[str, int, int]  # file, offset and length of a container
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Every chunk with its file and offset, every file with its size, and the objects' one blob."""
+@dataclass(frozen=True)
+class TorchDistPlacement(Placement):
+    """Every chunk with its item's place, and the objects' one blob."""
 
-    catalog: Mapping[str, TensorSpec]
+    form = "torch_dist"
     items: Mapping[tuple[str, Box], Item]  # of chunks whose containers are not as we write them
-    sizes: Mapping[str, int]
-    sets: Mapping[str, int]
-    objects: tuple[str, ...]
     blob: bytes
     object_items: Mapping[str, Item]
 
@@ -62,6 +50,17 @@ class Placement:
         """Every chunk and whose it is."""
         return ((spec, chunk) for spec in self.catalog.values() for chunk in spec.chunks)
 
+    def writer(self, folder: Path, flush: bool) -> TorchDistWriter:
+        """What writes the payload files into `folder`."""
+        return TorchDistWriter(folder, self, flush)
+
+    def index(self) -> dict[str, bytes | memoryview]:
+        """`.metadata` and metadata.json."""
+        return {".metadata": metadata(self), "metadata.json": metadata_json(self.form)}
+
+    def confirm(self, folder: Path) -> None:
+        """Nothing: what could read it is not needed to write it."""
+
 
 def _around(dtype: DType, box: Box) -> TensorItem:
     """The container of a chunk."""
@@ -73,7 +72,7 @@ def _container(dtype: str, shape: tuple[int, ...]) -> TensorItem:
     return tensor_item(DTYPES[dtype], shape)
 
 
-def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Placement:
+def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> TorchDistPlacement:
     """A file and an offset for every chunk. Pure: nothing is written. ranks: how many ranks write files."""
     wanted = sorted(tensors, key=lambda tensor: tensor.name)
     sets = balance({tensor.name: prod(tensor.shape) * tensor.dtype.size for tensor in wanted}, SETS)
@@ -95,20 +94,8 @@ def place(tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Plac
         for n, t in enumerate(wanted)
     }
     keys = tuple(objects)
-    return Placement(catalog, {}, sizes, sets, keys, blob, dict.fromkeys(keys, ("__0_0.distcp", 0, len(blob))))
-
-
-def balance(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Each name to one of `count` sets: in order, always to the set with the fewest bytes.
-
-    >>> balance({"a": 3, "b": 1, "c": 1}, 2)
-    {'a': 0, 'b': 1, 'c': 1}
-    """
-    totals, found = [0] * count, {}
-    for name, size in sizes.items():
-        found[name] = totals.index(min(totals))
-        totals[found[name]] += size
-    return found
+    places = dict.fromkeys(keys, ("__0_0.distcp", 0, len(blob)))
+    return TorchDistPlacement(catalog, sizes, sets, keys, {}, blob, places)
 
 
 class TorchDistWriter:
@@ -117,7 +104,7 @@ class TorchDistWriter:
     flush: send every closed container to disk at once, so that little is left for `finish` to wait for.
     """
 
-    def __init__(self, folder: Path, placement: Placement, flush: bool = False) -> None:
+    def __init__(self, folder: Path, placement: TorchDistPlacement, flush: bool = False) -> None:
         self.folder, self.placement, self.flush = folder, placement, flush
         self.crcs: dict[tuple[str, Box], int] = {}
         self._sums = Sums()
@@ -199,7 +186,7 @@ OBJECT_INDEX = Form(Record(Global(f"{DCP}.metadata", "MetadataIndex"), (HOLE, No
 INFO = Form(Record(Global(f"{DCP}.filesystem", "_StorageInfo"), (HOLE, HOLE, HOLE)))
 
 
-def metadata(placement: Placement) -> memoryview:
+def metadata(placement: TorchDistPlacement) -> memoryview:
     """The bytes of `.metadata`: torch's Metadata with the two attributes that loaders need."""
     objects, stored = len(placement.objects), placement.catalog.values()
     tensors = Made(objects + len(stored), lambda: _tensors(placement))
@@ -207,14 +194,14 @@ def metadata(placement: Placement) -> memoryview:
     return dumped(Record(METADATA, (tensors, None, storage)))
 
 
-def _tensors(placement: Placement) -> Iterator[tuple[object, object]]:
+def _tensors(placement: TorchDistPlacement) -> Iterator[tuple[object, object]]:
     for key, spec in placement.catalog.items():
         yield key, _tensor_metadata(spec)
     for key in placement.objects:
         yield key, Filled(OBJECT, ())
 
 
-def _storage(placement: Placement) -> Iterator[tuple[object, object]]:
+def _storage(placement: TorchDistPlacement) -> Iterator[tuple[object, object]]:
     for spec, chunk in placement.chunks():
         yield Filled(INDEX, (spec.name, _starts(chunk.box))), Filled(INFO, placement.item(spec, chunk))
     for key in placement.objects:
