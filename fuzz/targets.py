@@ -16,7 +16,8 @@ from transcoder.formats.archive import read_archive, read_tensor
 from transcoder.formats.huggingface import open_hf
 from transcoder.formats.pickles import loads
 from transcoder.formats.safetensors import INDEX_NAME, read_index, read_shard
-from transcoder.formats.torch_dist import METADATA_NAMES, open_torch_dist, read_common
+from transcoder.formats.statefiles import read_common
+from transcoder.formats.torch_dist import METADATA_NAMES, open_torch_dist
 from transcoder.formats.trainstate import step_of
 from transcoder.hfconfig import read_config
 from transcoder.inspection import inspect

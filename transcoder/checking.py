@@ -13,7 +13,8 @@ from isal.isal_zlib import crc32, crc32_combine
 from transcoder import checksums, manifest
 from transcoder.errors import DifferenceError, InputError, Problem
 from transcoder.formats.huggingface import open_hf
-from transcoder.formats.torch_dist import TorchDist, open_torch_dist
+from transcoder.formats.opening import open_store
+from transcoder.formats.store import Store
 from transcoder.iterations import current_rows, find_iteration, notes
 from transcoder.original import kept_headers, kept_index
 from transcoder.paths import map_file
@@ -66,7 +67,7 @@ def _check_hf(directory: Path, sample: float, follow_links: bool) -> dict[str, A
 
 
 def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> dict[str, Any]:
-    store = open_torch_dist(folder)
+    store = open_store(folder)
     table = manifest.read(folder)
     if table:  # what would be restored: raises InputError when it is damaged
         kept_headers(table)
@@ -79,7 +80,7 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
     total, done, counted = sum(c.nbytes for parts in chunks.values() for _, c in parts), 0, 0
     for number, (name, parts) in enumerate(sorted(chunks.items())):
         if sample and (folder / name).is_file():
-            found, read = _check_payloads(folder / name, parts, rows.get(name), sample)
+            found, read = _check_payloads(folder, name, parts, rows.get(name), sample)
             problems += found
             counted += read
         done += sum(chunk.nbytes for _, chunk in parts)
@@ -92,7 +93,7 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
         raise DifferenceError(f"{folder} is damaged", kind="damage", problems=problems)
     return {
         "source": str(folder),
-        "format": "torch_dist",
+        "format": store.form,
         "tensors": len(store.tensors),
         "bytes_read": total if sample else 0,
         "checked": {"files": len(chunks), "bytes": total, "checksums": counted, "digests": len(rows)},
@@ -100,7 +101,7 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
     }
 
 
-def _by_file(store: TorchDist) -> dict[str, list[tuple[str, Chunk]]]:
+def _by_file(store: Store) -> dict[str, list[tuple[str, Chunk]]]:
     found = dict[str, list[tuple[str, Chunk]]]()
     for key, spec in store.catalog.items():
         for chunk in spec.chunks:
@@ -109,10 +110,10 @@ def _by_file(store: TorchDist) -> dict[str, list[tuple[str, Chunk]]]:
 
 
 def _check_payloads(
-    path: Path, parts: list[tuple[str, Chunk]], row: Mapping[str, Any] | None, sample: float
+    folder: Path, name: str, parts: list[tuple[str, Chunk]], row: Mapping[str, Any] | None, sample: float
 ) -> tuple[list[Problem], int]:
     """Compare the checksum of every sampled payload and, when all were read, that of the whole file."""
-    view, problems, whole, place, count = map_file(path), [], 0, 0, 0
+    view, problems, whole, place, count = map_file(folder / name, root=folder), [], 0, 0, 0
     for key, chunk in sorted(parts, key=lambda part: part[1].offset):
         if not _sampled(key, chunk, sample):
             continue
@@ -122,10 +123,10 @@ def _check_payloads(
         place, count = chunk.offset + chunk.nbytes, count + 1
         if chunk.crc is not None and found != chunk.crc:
             expected = f"CRC-32 {chunk.crc:08x}"
-            problems.append(Problem(file=path.name, tensor=key, expected=expected, found=f"{found:08x}"))
+            problems.append(Problem(file=name, tensor=key, expected=expected, found=f"{found:08x}"))
     whole = crc32(view[place:], whole)
     if row is not None and sample >= 100 and not problems and f"crc32:{whole:08x}" != row["digest"]:
-        problems.append(Problem(file=path.name, expected=row["digest"], found=f"crc32:{whole:08x}"))
+        problems.append(Problem(file=name, expected=row["digest"], found=f"crc32:{whole:08x}"))
     return problems, count
 
 

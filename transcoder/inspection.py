@@ -12,7 +12,7 @@ from transcoder.checking import is_hf
 from transcoder.dialects import dialect_of
 from transcoder.errors import InputError
 from transcoder.formats.huggingface import open_hf
-from transcoder.formats.torch_dist import open_torch_dist, read_common
+from transcoder.formats.opening import open_store
 from transcoder.hfconfig import architecture_of, read_config
 from transcoder.iterations import find_iteration, notes
 from transcoder.spec import Box, DType
@@ -50,14 +50,14 @@ def _inspect_hf(directory: Path, follow_links: bool) -> dict[str, Any]:
 
 
 def _inspect_megatron(folder: Path) -> dict[str, Any]:
-    store = open_torch_dist(folder)
+    store = open_store(folder)
     keys = [
         _row(key, dtype, shape, [box for box, _ in places], {item.file for _, item in places})
         for key, (dtype, shape, places) in sorted(store.tensors.items())
     ]
-    found = read_common(folder).get("args")
+    found = store.common.get("args")
     arguments = found if isinstance(found, dict) else {}
-    return _report(folder, "torch_dist", keys) | {
+    return _report(folder, store.form, keys) | {
         "architecture": _architecture(folder),
         "dialect": _dialect(store.tensors),
         "parallel": _parallel(arguments, {name for row in keys for name in row["files"]}),
@@ -66,7 +66,7 @@ def _inspect_megatron(folder: Path) -> dict[str, Any]:
         "config": {name: arguments[name] for name in CONFIG_FIELDS if name in arguments},
         "warnings": [
             *store.warnings,
-            *(f"{n} keys {prefix}* are training state" for prefix, n in store.ignored.items()),
+            *store.left_out(),
         ],
     }
 

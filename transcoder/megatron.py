@@ -15,16 +15,22 @@ from transcoder.checks import check_coverage, check_mcore
 from transcoder.dialects import dialect_of
 from transcoder.errors import Problem, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf, side_files
-from transcoder.formats.torch_dist import TorchDist, open_torch_dist
+from transcoder.formats.opening import open_store
+from transcoder.formats.store import LeftOut, Store
 from transcoder.hfconfig import architecture_of, normalise, read_config
 from transcoder.iterations import find_iteration, notes
-from transcoder.megatronconfig import config_from, stored_fields
+from transcoder.megatronconfig import check_agreement, config_from, stored_fields
 from transcoder.original import Original, original_of
 from transcoder.planner import HfTensor, Model, build_model
+from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
+from transcoder.shapes import fields_of_keys, fields_of_shapes
 from transcoder.sizing import axis_sizes, given_sizes
 from transcoder.spec import DType
 from transcoder.variants import export_variants, shown
+
+
+PREDICTIONS = "mtp."
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Megatron:
     """An opened iteration bound to a recipe: every element proved to be there exactly once."""
 
     path: Path
-    store: TorchDist
+    store: Store
     model: Model
     atlas: Atlas
     dtype: DType
@@ -56,7 +62,12 @@ class Megatron:
     @property
     def files(self) -> list[str]:
         """Names of the payload files."""
-        return sorted({chunk.file for spec in self.store.catalog.values() for chunk in spec.chunks})
+        return self.store.files
+
+    @property
+    def everything(self) -> list[str]:
+        """Names of the files that a run reads tensors by."""
+        return [*self.store.index, *self.files]
 
 
 def open_megatron(
@@ -75,15 +86,17 @@ def open_megatron(
     like: names and shapes of the weights whose spelling counts instead of the original's.
     """
     folder = find_iteration(path)
-    store = open_torch_dist(folder)
+    store = open_store(folder)
     table = manifest.read(folder)
     _check_files(folder, table, hf_model is not None)
     reference = _reference(folder, hf_model)
     left_out = side_files(reference, set())[1] if reference == folder / "hf" else ()
     store = replace(store, warnings=(*notes(path), *store.warnings, *(row for row in left_out if "left out" in row)))
+    _check_weights(store)
     config = read_config(reference) if reference else _implied_config(folder, store, arch)
     architecture = arch or architecture_of(config)
     recipe = recipe_for(architecture)
+    store = _without_predictions(store, recipe)
     values = normalise(config, recipe.defaults)
     dialect = dialect_of(store.tensors)
     original = open_hf(hf_model, follow_links) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
@@ -104,12 +117,32 @@ def open_megatron(
     )
 
 
-def _embedding_rows(store: TorchDist) -> int:
+def _check_weights(store: Store) -> None:
+    """Refuse a checkpoint that holds training state alone, which is what is left of it without its model."""
+    if not store.tensors and store.ignored:
+        problems = [Problem(found=line) for line in store.left_out()]
+        hint = "float32 masters and moments of an optimizer are not exported; save the checkpoint with its model"
+        raise refuse("no-weights", f"the checkpoint holds no weights of a model: {hint}", problems)
+
+
+def _without_predictions(store: Store, recipe: Recipe) -> Store:
+    """The store without layers that predict further tokens, where the Hugging Face class has no place for them."""
+    keys = [key for key in store.tensors if key.startswith(PREDICTIONS)]
+    if not keys or any(side.name.startswith(PREDICTIONS) for rule in recipe.rules for side in rule.mcore):
+        return store
+    nbytes = sum(prod(shape) * dtype.size for dtype, shape, _ in map(store.tensors.__getitem__, keys))
+    kept = {key: value for key, value in store.tensors.items() if key not in keys}
+    note = f"{len(keys)} tensors {PREDICTIONS}* ({nbytes:,} bytes) predict further tokens, which recipe {recipe.name} has"
+    notes = (*store.warnings, f"{note} no place for: they are left out")
+    return replace(store, tensors=kept, ignored={**store.ignored, PREDICTIONS: LeftOut(len(keys), nbytes)}, warnings=notes)
+
+
+def _embedding_rows(store: Store) -> int:
     shapes = [s for key, (_, s, _) in store.tensors.items() if key.endswith("embedding.word_embeddings.weight") and s]
     return shapes[0][0] if len(shapes) == 1 else 0
 
 
-def _most_layers(store: TorchDist) -> int:
+def _most_layers(store: Store) -> int:
     return max([len(store.tensors), *(shape[0] for _, shape, _ in store.tensors.values() if shape)])
 
 
@@ -134,17 +167,20 @@ def _reference(folder: Path, hf_model: Path | None) -> Path | None:
     return None
 
 
-def _implied_config(folder: Path, store: TorchDist, arch: str) -> dict[str, Any]:
+def _implied_config(folder: Path, store: Store, arch: str) -> dict[str, Any]:
     """config.json from Megatron's own configuration, for the class that the user names."""
     if not arch:
         hint = "give --hf-model DIR, or the Hugging Face class with --arch NAME"
         raise refuse("no-config", f"the checkpoint carries no Hugging Face config; {hint}", [Problem(file=str(folder))])
     dtypes = [dtype.name for dtype, _, _ in store.tensors.values()]
-    fields = {"padded_vocab_size": _embedding_rows(store)} | stored_fields(folder)
-    return config_from(recipe_for(arch), arch, fields, max(set(dtypes), key=dtypes.count))
+    recipe, shapes = recipe_for(arch), {key: shape for key, (_, shape, _) in store.tensors.items()}
+    said, shown = stored_fields(folder, store.common), fields_of_shapes(recipe, shapes, dialect_of(shapes))
+    check_agreement({"the files": said, "the stored tensors": shown})
+    fields = {"padded_vocab_size": _embedding_rows(store)} | shown | fields_of_keys(shapes) | said
+    return config_from(recipe, arch, fields, max(set(dtypes), key=dtypes.count))
 
 
-def _one_dtype(model: Model, store: TorchDist) -> DType:
+def _one_dtype(model: Model, store: Store) -> DType:
     """The dtype of all weights, but for those whose rule has another one, too. Raises InputError listing odd ones."""
     stored = {key: dtype for key, (dtype, _, _) in store.tensors.items()}
     common = [stored[key] for key, tensor in model.mcore.items() if not tensor.family.rule.dtype]

@@ -114,10 +114,10 @@ def open_checkpoint(path: PathLike) -> Any:
     """The catalog of a Hugging Face directory or a Megatron checkpoint: name → TensorSpec. Raises InputError."""
     from transcoder.checking import is_hf
     from transcoder.formats.huggingface import open_hf
-    from transcoder.formats.torch_dist import open_torch_dist
+    from transcoder.formats.opening import open_store
     from transcoder.iterations import find_iteration
 
-    return open_hf(Path(path)).catalog if is_hf(Path(path)) else open_torch_dist(find_iteration(Path(path))).catalog
+    return open_hf(Path(path)).catalog if is_hf(Path(path)) else open_store(find_iteration(Path(path))).catalog
 
 
 def verify_import(plan: ImportPlan, out: Path) -> None:

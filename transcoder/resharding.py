@@ -83,7 +83,7 @@ def plan_reshard(
         atlas,
         iteration,
         (),
-        _notes(source),
+        tuple(source.store.left_out()),
     )
     return ReshardPlan(source, plan, link)
 
@@ -105,17 +105,12 @@ def _original(source: Megatron) -> HfDirectory:
     return HfDirectory(folder or source.path, source.config, origin.shards, origin.index, files, warnings)
 
 
-def _notes(source: Megatron) -> tuple[str, ...]:
-    ignored = source.store.ignored.items()
-    return tuple(f"{count} keys {prefix}* are training state and are left out" for prefix, count in ignored)
-
-
 def reshard_identity(plan: ReshardPlan, options: Mapping[str, Any]) -> dict[str, Any]:
     """What makes this run the same as another one."""
     from transcoder.identity import identity
 
     source, original = plan.source, plan.target.source
-    files = [source.path / name for name in (".metadata", *source.files)]
+    files = [source.path / name for name in source.everything]
     files += [original.path / name for name in original.side_files]
     sizes = repr(sorted(plan.target.placement.sizes.items())).encode()
     return identity("reshard", options, dict.fromkeys(files), [sizes])
@@ -163,11 +158,10 @@ def _stream(
     from transcoder.exporting import check_filler
     from transcoder.kept import Kept
     from transcoder.ledger import READ, Ledger
-    from transcoder.paths import map_file
+    from transcoder.maps import Maps
 
     source, target, digests = plan.source, plan.target, dict[str, str]()
-    views = {name: map_file(source.path / name) for name in source.files}
-    chunks, kept = CheckedChunks(views.__getitem__), Kept(source)
+    chunks, kept = CheckedChunks(Maps(source.path).__getitem__), Kept(source)
     ledger = Ledger(work.journal, writer.sync if work.sync else None)
     ledger.restore(target.placement.catalog, writer.passed)
     ledger.restore(source.store.catalog, chunks.passed, READ)

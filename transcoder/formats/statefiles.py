@@ -1,4 +1,4 @@
-"""What lies beside the plan of a `torch_dist` checkpoint, as plain values: common.pt and metadata.json."""
+"""What lies beside the tensors of a checkpoint, as plain values: common.pt and metadata.json."""
 
 from __future__ import annotations
 
@@ -15,20 +15,28 @@ from transcoder.hfconfig import read_json
 from transcoder.paths import map_file
 
 BACKENDS: dict[str, object] = {
-    "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
 
 
-def backend_notes(path: Path) -> Iterator[str]:
+def backend_of(path: Path) -> object:
+    """The format that metadata.json names; None where it names none or cannot be read."""
+    try:
+        table = read_json(path / "metadata.json", 1 << 20)
+    except InputError:
+        return None
+    return table.get("sharded_backend") if isinstance(table, dict) else None
+
+
+def backend_notes(path: Path, backend: str) -> Iterator[str]:
     """Refuse a metadata.json of another format; megatron-core itself needs the file."""
     if not os.path.lexists(path / "metadata.json"):
         yield "there is no metadata.json: megatron-core will not load this checkpoint"
         return
     table = read_json(path / "metadata.json", 1 << 20)
-    for field, wanted in BACKENDS.items():
+    for field, wanted in {"sharded_backend": backend, **BACKENDS}.items():
         found = table.get(field, wanted if field != "sharded_backend" else None) if isinstance(table, dict) else table
         if found != wanted or type(found) is not type(wanted):
             problem = Problem(file="metadata.json", expected=f"{field} {wanted}", found=f"{found!r:.80}")
@@ -54,20 +62,27 @@ def plain(value: object) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_common(path: Path) -> dict[str, Any]:
-    """The plain values of common.pt; {} when the file is absent. Nothing in it is executed. Raises InputError."""
-    if not os.path.lexists(path / "common.pt"):
+def read_common(path: Path, newer: memoryview | None = None) -> dict[str, Any]:
+    """The plain values of common.pt, else of `newer`, the object `common_state` of megatron-core 0.20; {} without both.
+
+    Nothing in them is executed. Raises InputError.
+    """
+    if os.path.lexists(path / "common.pt"):
+        return _common(read_pickle(map_file(path / "common.pt"), None, "common.pt"), "common.pt")
+    if newer is None:
         return {}
-    root = read_pickle(map_file(path / "common.pt"), None, "common.pt")
+    root = read_pickle(newer, None, "common_state")
+    return _common(root[0] if isinstance(root, list) and len(root) == 1 else root, "common_state")
+
+
+def _common(root: object, name: str) -> dict[str, Any]:
     if not isinstance(root, Pairs):
-        raise refuse("common", "common.pt does not hold a dictionary", [Problem(file="common.pt", found=brief(root))])
+        raise refuse("common", f"{name} does not hold a dictionary", [Problem(file=name, found=brief(root))])
     try:
         values = root.as_dict()
     except InputError as error:
-        raise refuse("common", f"common.pt: {error.args[0]}", [Problem(file="common.pt")]) from error
+        raise refuse("common", f"{name}: {error.args[0]}", [Problem(file=name)]) from error
     if not isinstance(values.get("content_metadata", Pairs()), Pairs | None):
-        problem = Problem(
-            file="common.pt", expected="content_metadata, a dictionary", found=brief(values["content_metadata"])
-        )
-        raise refuse("common", "common.pt does not say which keys to ask for", [problem])
+        problem = Problem(file=name, expected="content_metadata, a dictionary", found=brief(values["content_metadata"]))
+        raise refuse("common", f"{name} does not say which keys to ask for", [problem])
     return {key: plain(value) for key, value in values.items()}

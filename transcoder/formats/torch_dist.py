@@ -18,12 +18,13 @@ from typing import Any
 from transcoder.errors import Problem, printable, refuse
 from transcoder.formats.archive import read_tensor
 from transcoder.formats.pickles import Global, Pairs, Record, measured
-from transcoder.formats.statefiles import backend_notes, dialect_notes
-from transcoder.formats.statefiles import read_common as read_common
+from transcoder.formats.statefiles import backend_notes, dialect_notes, read_common
+from transcoder.formats.store import Item, LeftOut, Store, training_state
 from transcoder.paths import map_file
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
 
 METADATA_LIMIT = 1 << 30  # bytes
+COMMON_STATE = "common_state/"
 DCP = "torch.distributed.checkpoint"
 _DCP_NAMES = {
     f"{DCP}.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
@@ -47,27 +48,14 @@ _FIELDS = {
     "MetadataIndex": ("fqn", "offset", "index"),
     "_StorageInfo": ("relative_path", "offset", "length", "transform_descriptors"),
 }
-TRAINING_STATE = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """Where an item lies: file, offset and length in bytes."""
-
-    file: str
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
-class TorchDist:
-    """An opened checkpoint: weight tensors with their chunks, objects, and what is not weights."""
+class TorchDist(Store):
+    """An opened checkpoint of this format."""
 
-    path: Path
-    tensors: Mapping[str, tuple[DType, tuple[int, ...], tuple[tuple[Box, Item], ...]]]
-    objects: Mapping[str, Item]
-    ignored: Mapping[str, int]  # training-state prefix → number of keys
-    warnings: tuple[str, ...] = ()
+    form = "torch_dist"
+    index = (".metadata",)
 
     @cached_property
     def catalog(self) -> dict[str, TensorSpec]:
@@ -106,11 +94,11 @@ def open_torch_dist(path: Path) -> TorchDist:
         raise refuse("metadata", ".metadata is too large", [Problem(file=".metadata", found=f"{len(data)} bytes")])
     root, length = measured(data, METADATA_NAMES, ".metadata")
     notes = [f".metadata has {len(data) - length} bytes behind its end"] if length < len(data) else []
-    notes += backend_notes(path)
-    content = read_common(path).get("content_metadata")
+    notes += backend_notes(path, TorchDist.form)
+    common = read_common(path)
     try:
-        store = _opened(path, root)
-        notes += dialect_notes(content, store.tensors)
+        store = _opened(path, root, common)
+        notes += dialect_notes(store.common.get("content_metadata"), store.tensors)
         return replace(store, warnings=tuple(notes))
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         if hasattr(error, "problems"):
@@ -120,20 +108,33 @@ def open_torch_dist(path: Path) -> TorchDist:
         ) from error
 
 
-def _opened(path: Path, root: object) -> TorchDist:
+def _opened(path: Path, root: object, common: Mapping[str, Any]) -> TorchDist:
     fields = record_fields(root, "Metadata", "MCoreMetadata")
     places = _storage(fields["storage_data"])
-    tensors, objects, ignored = {}, {}, defaultdict[str, int](int)
+    tensors, objects, ignored = {}, {}, defaultdict[str, LeftOut](LeftOut)
     for key, value in _pairs(fields["state_dict_metadata"]):
-        prefix = next((p for p in TRAINING_STATE if key.startswith(p)), "")
-        if prefix:
-            ignored[prefix] += 1
+        if prefix := training_state(key):
+            ignored[prefix] += _left_out(value, places[key])
         elif value.callable.name == "TensorStorageMetadata":
             tensors[key] = _tensor(key, value, places)
         else:
             objects[key] = places[key][None]
     _check_ranges(places)
-    return TorchDist(path, tensors, objects, dict(ignored))
+    state = next((item for key in places if key.startswith(COMMON_STATE) for item in places[key].values()), None)
+    common = common or read_common(path, None if state is None else _item_view(path, state))
+    return TorchDist(path, tensors, objects, dict(ignored), common)
+
+
+def _left_out(value: Record, items: Mapping[tuple[int, ...] | None, Item]) -> LeftOut:
+    """The bytes of a tensor's values, or of an object's items."""
+    if value.callable.name != "TensorStorageMetadata":
+        return LeftOut(1, sum(item.length for item in items.values()))
+    fields = record_fields(value, "TensorStorageMetadata")
+    return LeftOut(1, prod(_integers(fields["size"])) * _dtype(fields["properties"]).size)
+
+
+def _item_view(path: Path, item: Item) -> memoryview:
+    return map_file(path / item.file, root=path)[item.offset : item.offset + item.length]
 
 
 def record_fields(value: object, *classes: str) -> dict[str, Any]:
