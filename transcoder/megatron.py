@@ -132,9 +132,13 @@ def _without_predictions(store: Store, recipe: Recipe) -> Store:
         return store
     nbytes = sum(prod(shape) * dtype.size for dtype, shape, _ in map(store.tensors.__getitem__, keys))
     kept = {key: value for key, value in store.tensors.items() if key not in keys}
-    note = f"{len(keys)} tensors {PREDICTIONS}* ({nbytes:,} bytes) predict further tokens, which recipe {recipe.name} has"
+    note = (
+        f"{len(keys)} tensors {PREDICTIONS}* ({nbytes:,} bytes) predict further tokens, which recipe {recipe.name} has"
+    )
     notes = (*store.warnings, f"{note} no place for: they are left out")
-    return replace(store, tensors=kept, ignored={**store.ignored, PREDICTIONS: LeftOut(len(keys), nbytes)}, warnings=notes)
+    return replace(
+        store, tensors=kept, ignored={**store.ignored, PREDICTIONS: LeftOut(len(keys), nbytes)}, warnings=notes
+    )
 
 
 def _embedding_rows(store: Store) -> int:

@@ -62,9 +62,7 @@ def check_agreement(sources: Mapping[str, Mapping[str, Any]]) -> None:
         for (one, first), (two, second) in pairwise(said):
             if first != second:
                 hint = "give --hf-model DIR, whose config.json then counts, or correct the wrong one"
-                problems.append(
-                    Problem(tensor=name, expected=f"{first} ({one})", found=f"{second} ({two})", hint=hint)
-                )
+                problems.append(Problem(tensor=name, expected=f"{first} ({one})", found=f"{second} ({two})", hint=hint))
     if problems:
         raise refuse("conflict", "the checkpoint's own files say different things of the model", problems)
 

@@ -153,12 +153,15 @@ def train(case: dict[str, Any], config: TransformerConfig, chunks: list[GPTModel
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=case["distributed"], grad_reduce_in_fp32=True)
     wrapped = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
     settings = OptimizerConfig(
-        optimizer="adam", lr=0.01, min_lr=0.0, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=case["distributed"]
+        optimizer="adam",
+        lr=0.01,
+        min_lr=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        use_distributed_optimizer=case["distributed"],
     )
     optimizer = get_megatron_optimizer(settings, wrapped)
-    schedule = OptimizerParamScheduler(
-        optimizer, 0.01, 0.01, 0.0, 0, 100, "linear", 0.01, 0.01, 100, "constant"
-    )
+    schedule = OptimizerParamScheduler(optimizer, 0.01, 0.01, 0.0, 0, 100, "linear", 0.01, 0.01, 100, "constant")
     run = get_forward_backward_func()
     for step in range(case.get("steps", 2)):
         for chunk in wrapped:

@@ -60,7 +60,6 @@ class Store(ABC):
         """Names of the files that hold weights."""
         return sorted({item.file for _, _, places in self.tensors.values() for _, item in places})
 
-
     def left_out(self) -> list[str]:
         """A line for every kind of training state."""
         return [
