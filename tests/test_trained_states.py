@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,7 +26,8 @@ Trained = Callable[[str], Case]
 
 
 def cases(root: Path) -> dict[str, Case]:
-    """Every way in which megatron-core 0.16.1 shards an optimizer's state, every grid of two ranks."""
+    """Every way in which megatron-core 0.16.1 shards an optimizer's state, every grid of two ranks; and rank files."""
+    legacy = {"format": "torch"}
     found = (
         case(root, "tp", DENSE, "fully_reshardable", tp=2),
         case(root, "dp", DENSE | {"mtp_num_layers": 1}, "fully_reshardable"),
@@ -32,6 +35,11 @@ def cases(root: Path) -> dict[str, Case]:
         case(root, "vpp", DENSE | {"num_layers": 4}, "dp_zero_gather_scatter", pp=2, vpp=2),
         case(root, "experts", SPARSE, "dp_reshardable", ep=2),
         case(root, "plain", SPARSE, "", pp=2, first=2),
+        case(root, "ranks tp", DENSE, "fully_reshardable", tp=2, **legacy),
+        case(root, "ranks uneven", DENSE, "fully_reshardable", pp=2, first=1, tied=True, **legacy),
+        case(root, "ranks vpp", DENSE | {"num_layers": 4}, "", pp=2, vpp=2, **legacy),
+        case(root, "ranks experts", SPARSE, "fully_reshardable", ep=2, **legacy),
+        case(root, "ranks both", SPARSE, "", tp=2, ep=2, etp=1, steps=0, **legacy),
     )
     return {each["name"]: each for each in found}
 
@@ -70,7 +78,7 @@ def test_the_layers_that_predict_further_tokens_are_counted_and_named(trained: T
     report = exported(trained("dp"), tmp_path / "hf")
     (row,) = (row for row in report["left_out"] if row["prefix"] == "mtp.")
     assert row["keys"] == 10 and row["bytes"] > 0
-    assert any("10 tensors mtp.*" in text and "recipe llama has no place" in text for text in report["warnings"])
+    assert any("10 keys mtp.*" in text and "unknown to recipe llama" in text for text in report["warnings"])
 
 
 def test_inspect_and_check_name_what_is_no_weight(trained: Trained) -> None:
@@ -88,6 +96,111 @@ def test_reshard_carries_the_weights_alone_and_says_so(trained: Trained, tmp_pat
     assert {row["prefix"] for row in report["left_out"]} >= {"optimizer.", "rng_state"}
     transcoder.mcore2hf(tmp_path / "mcore", tmp_path / "hf", arch=architecture(one), sync=False)
     assert_trained(one, tmp_path / "hf")
+
+
+LEGACY = ("ranks tp", "ranks uneven", "ranks vpp", "ranks experts", "ranks both")
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_rank_files_are_exported_and_become_a_distributed_checkpoint(
+    trained: Trained, tmp_path: Path, name: str
+) -> None:
+    one = trained(name)
+    report = exported(one, tmp_path / "hf")
+    assert_trained(one, tmp_path / "hf")
+    assert {row["prefix"] for row in report["left_out"]} >= {"model_optim_rng.pt"}
+    transcoder.reshard(one["out"], tmp_path / "mcore", pp=2, arch=architecture(one), sync=False)
+    transcoder.mcore2hf(tmp_path / "mcore", tmp_path / "back", arch=architecture(one), sync=False)
+    assert_trained(one, tmp_path / "back")
+
+
+def test_rank_files_are_inspected_and_checked(trained: Trained, tmp_path: Path) -> None:
+    one = trained("ranks experts")
+    found = transcoder.inspect(one["out"])
+    rows = {row["key"]: row for row in found["keys"]}
+    assert found["format"] == "torch" and found["parallel"] == {"tp": 1, "pp": 1, "ep": 2, "etp": 1, "ranks": 2}
+    assert rows["decoder.layers.2.mlp.experts.experts.linear_fc1.weight"]["shape"] == [4, 48, 32]
+    assert transcoder.check(one["out"])["checked"]["checksums"] > 20
+    shutil.copytree(one["out"], tmp_path / "damaged")
+    file = tmp_path / "damaged" / "iter_0000002" / "mp_rank_00_001" / "model_optim_rng.pt"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(transcoder.DifferenceError, match="mp_rank_00_001"):
+        transcoder.check(tmp_path / "damaged")
+
+
+def changed_ranks(source: Case, target: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """A copy in which the state of every rank was changed."""
+    shutil.copytree(source["out"], target)
+    for file in target.glob("iter_*/mp_rank_*/model_optim_rng.pt"):
+        torch.save(change(torch.load(file, weights_only=False)), file)
+    return target
+
+
+def as_transformer_engine(state: dict[str, Any]) -> dict[str, Any]:
+    """The names that Transformer Engine's modules give the same tensors, experts grouped."""
+    names = (
+        (r"layers\.(\d+)\.input_layernorm\.", r"layers.\1.self_attention.linear_qkv.layer_norm_"),
+        (r"local_experts\.(\d+)\.(linear_fc[12])\.weight", r"\2.weight\1"),
+    )
+    for pattern, text in names:
+        state["model"] = {re.sub(pattern, text, name): value for name, value in state["model"].items()}
+    state["model"]["decoder.layers.0.mlp.experts.linear_fc1._extra_state"] = torch.empty(0, dtype=torch.uint8)
+    return state
+
+
+def test_rank_files_with_the_names_of_transformer_engine(trained: Trained, tmp_path: Path) -> None:
+    one = trained("ranks experts")
+    source = changed_ranks(one, tmp_path / "te", as_transformer_engine)
+    transcoder.mcore2hf(source, tmp_path / "hf", arch=architecture(one), sync=False)
+    assert_trained(one, tmp_path / "hf")
+
+
+def test_a_missing_rank_is_named(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained("ranks tp")["out"], tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "iter_0000002" / "mp_rank_01")
+    with pytest.raises(transcoder.InputError, match=r"tp parallel size; expected 2 \(args\); found 1"):
+        transcoder.mcore2hf(tmp_path / "part", tmp_path / "hf", arch="LlamaForCausalLM")
+
+
+def test_a_tensor_that_does_not_fit_its_rank_is_named(trained: Trained, tmp_path: Path) -> None:
+    def halve(state: dict[str, Any]) -> dict[str, Any]:
+        name = "decoder.layers.1.mlp.linear_fc1.weight"
+        return state | {"model": {**state["model"], name: state["model"][name][:20].clone()}}
+
+    source = changed_ranks(trained("ranks tp"), tmp_path / "cut", halve)
+    with pytest.raises(transcoder.InputError, match=r"mp_rank_00.*decoder.layers.1.mlp.linear_fc1.weight.*\[20, 32\]"):
+        transcoder.mcore2hf(source, tmp_path / "hf", arch="LlamaForCausalLM")
+
+
+def older(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"model": {"language_model": {"encoder": {"layers.0.input_norm.weight": torch.ones(3)}}}}
+
+
+def transposed(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"model": {"decoder.layers.0.mlp.experts.weight1": torch.ones(3, 4)}}
+
+
+@pytest.mark.parametrize(("change", "words"), ((older, "before megatron-core"), (transposed, "legacy GroupedMLP")))
+def test_what_older_releases_wrote_is_recognised(
+    trained: Trained, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], words: str
+) -> None:
+    source = changed_ranks(trained("ranks tp"), tmp_path / "older", change)
+    with pytest.raises(transcoder.InputError, match=words):
+        transcoder.mcore2hf(source, tmp_path / "hf", arch="LlamaForCausalLM")
+
+
+def test_nothing_in_a_rank_file_is_run(trained: Trained, tmp_path: Path) -> None:
+    class Run:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "was run"),)
+
+    one = trained("ranks tp")
+    source = changed_ranks(one, tmp_path / "hostile", lambda state: state | {"rng_state": Run()})
+    transcoder.mcore2hf(source, tmp_path / "hf", arch="LlamaForCausalLM", sync=False)
+    assert_trained(one, tmp_path / "hf")
+    assert not (tmp_path / "was run").exists()
 
 
 def altered(source: Case, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:

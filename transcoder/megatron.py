@@ -22,6 +22,7 @@ from transcoder.iterations import find_iteration, notes
 from transcoder.megatronconfig import check_agreement, config_from, stored_fields
 from transcoder.original import Original, original_of
 from transcoder.planner import HfTensor, Model, build_model
+from transcoder.rankgrid import bound
 from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
 from transcoder.shapes import fields_of_keys, fields_of_shapes
@@ -29,8 +30,7 @@ from transcoder.sizing import axis_sizes, given_sizes
 from transcoder.spec import DType
 from transcoder.variants import export_variants, shown
 
-
-PREDICTIONS = "mtp."
+PREDICTIONS = "mtp."  # layers that predict further tokens
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def open_megatron(
     sizes = axis_sizes(recipe, values, sum(prod(shape) for _, shape, _ in store.tensors.values()), _most_layers(store))
     sizes["pad"] = max(0, _embedding_rows(store) - sizes["vocab"])
     model = build_model(recipe, values, sizes, dialect)
+    store = bound(store, model)
     check_mcore(model, store.catalog)
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
@@ -132,13 +133,8 @@ def _without_predictions(store: Store, recipe: Recipe) -> Store:
         return store
     nbytes = sum(prod(shape) * dtype.size for dtype, shape, _ in map(store.tensors.__getitem__, keys))
     kept = {key: value for key, value in store.tensors.items() if key not in keys}
-    note = (
-        f"{len(keys)} tensors {PREDICTIONS}* ({nbytes:,} bytes) predict further tokens, which recipe {recipe.name} has"
-    )
-    notes = (*store.warnings, f"{note} no place for: they are left out")
-    return replace(
-        store, tensors=kept, ignored={**store.ignored, PREDICTIONS: LeftOut(len(keys), nbytes)}, warnings=notes
-    )
+    left = LeftOut(len(keys), nbytes, f"layers for further tokens, unknown to recipe {recipe.name},")
+    return replace(store, tensors=kept, ignored={**store.ignored, PREDICTIONS: left})
 
 
 def _embedding_rows(store: Store) -> int:

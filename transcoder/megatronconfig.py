@@ -15,7 +15,6 @@ from transcoder.formats.statefiles import read_common
 from transcoder.recipe import Field, Recipe, evaluate
 from transcoder.yamltext import read_yaml
 
-
 Fields = dict[str, Any]
 DIMENSIONS = (
     "num_layers",

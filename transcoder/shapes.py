@@ -90,7 +90,7 @@ def _equations(
 ) -> Iterator[Equation]:
     """The equations of the first stored tensor of every rule; axes that names spell are counted on the way."""
     for rule in (rule for rule in recipe.rules if not rule.alias):
-        for side in (spelled for side in rule.mcore for spelled in spellings(side, dialect)):
+        for side in (spelled for each in rule.mcore for spelled in spellings(each, dialect)):
             if any(axis.startswith("zero") for axis in side.layout.axes):
                 continue
             fits = pattern(side.name)

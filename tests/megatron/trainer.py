@@ -73,7 +73,7 @@ def start(case: dict[str, Any]) -> None:
         expert_model_parallel_size=case.get("ep", 1),
         expert_tensor_parallel_size=case.get("etp", 1),
     )
-    torch.manual_seed(7 + mpu.get_pipeline_model_parallel_rank() + 13 * mpu.get_tensor_model_parallel_rank())
+    torch.manual_seed(7 + mpu.get_pipeline_model_parallel_rank())  # whole tensors are made on every rank, then cut
     tensor_parallel.random._CUDA_RNG_STATE_TRACKER = Forked()
     tensor_parallel.random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
@@ -142,8 +142,12 @@ def build(case: dict[str, Any], config: TransformerConfig) -> list[GPTModel]:
                 vp_stage=stage,
             )
         )
+    own = 100 * mpu.get_expert_model_parallel_rank() + mpu.get_expert_tensor_parallel_rank()
+    generator = torch.Generator().manual_seed(own)
     for chunk in chunks:
-        for parameter in chunk.parameters():
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                parameter.data.normal_(std=0.02, generator=generator)
             parameter.data = parameter.data.to(config.params_dtype)
     return chunks
 
@@ -224,6 +228,7 @@ def arguments(case: dict[str, Any]) -> argparse.Namespace:
         pipeline_model_parallel_size=case["pp"],
         virtual_pipeline_model_parallel_size=case.get("vpp"),
         expert_model_parallel_size=case.get("ep", 1),
+        expert_tensor_parallel_size=case.get("etp", case["tp"]),
         bf16=True,
         params_dtype=torch.bfloat16,
         save=Path("checkpoints"),

@@ -24,13 +24,14 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """What is not read of a checkpoint: how many keys, and their bytes."""
+    """What is not read of a checkpoint: how many keys, their bytes, and what they are."""
 
     keys: int = 0
     nbytes: int = 0
+    what: str = "training state"
 
     def __add__(self, other: LeftOut) -> LeftOut:
-        return LeftOut(self.keys + other.keys, self.nbytes + other.nbytes)
+        return LeftOut(self.keys + other.keys, self.nbytes + other.nbytes, self.what)
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,10 @@ class Store(ABC):
         return sorted({item.file for _, _, places in self.tensors.values() for _, item in places})
 
     def left_out(self) -> list[str]:
-        """A line for every kind of training state."""
+        """A line for everything that is not read."""
         return [
-            f"{each.keys} keys {prefix}* ({each.nbytes:,} bytes) are training state and are left out"
+            f"{each.keys} keys {prefix}* ({each.nbytes:,} bytes) are {each.what} and are left out"
             for prefix, each in sorted(self.ignored.items())
-            if training_state(prefix)
         ]
 
 
