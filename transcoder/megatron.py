@@ -14,6 +14,8 @@ from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_mcore
 from transcoder.dialects import dialect_of
 from transcoder.errors import Problem, refuse
+from transcoder.foreign import spelled
+from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.huggingface import HfDirectory, open_hf, side_files
 from transcoder.formats.opening import open_store
 from transcoder.formats.store import LeftOut, Store
@@ -95,13 +97,14 @@ def open_megatron(
     _check_weights(store)
     config = read_config(reference) if reference else _implied_config(folder, store, arch)
     architecture = arch or architecture_of(config)
-    recipe = recipe_for(architecture)
+    recipe = spelled(recipe_for(architecture), store)
     store = _without_predictions(store, recipe)
     values = normalise(config, recipe.defaults)
-    dialect = dialect_of(store.tensors)
+    foreign = isinstance(store, PlainDcp)
+    dialect = "singleton" if foreign else dialect_of(store.tensors)  # which leaves names as they are
     original = open_hf(hf_model, follow_links) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
     origin = original_of(original, table, config)
-    shapes = like or origin.shapes
+    shapes = like or ({key: shape for key, (_, shape, _) in store.tensors.items()} if foreign else origin.shapes)
     originally = shown(recipe.hf_variants, shapes, given_sizes(recipe, values)[0]) if shapes else {}
     wanted = {"experts": expert_layout} if expert_layout else {}
     values |= export_variants(recipe, store.tensors, dialect == "stacked", originally, wanted, quantised)
@@ -169,6 +172,9 @@ def _reference(folder: Path, hf_model: Path | None) -> Path | None:
 
 def _implied_config(folder: Path, store: Store, arch: str) -> dict[str, Any]:
     """config.json from Megatron's own configuration, for the class that the user names."""
+    if isinstance(store, PlainDcp):
+        message = "a plain directory of torch.distributed.checkpoint carries no config; give --hf-model DIR"
+        raise refuse("no-config", message, [Problem(file=str(folder))])
     if not arch:
         hint = "give --hf-model DIR, or the Hugging Face class with --arch NAME"
         raise refuse("no-config", f"the checkpoint carries no Hugging Face config; {hint}", [Problem(file=str(folder))])

@@ -7,13 +7,15 @@ chunk of its own, a contiguous range of the payload.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product as combinations
 from math import prod
 
 from transcoder.errors import Problem, refuse
+from transcoder.foreign import HEAD
+from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.rankfiles import Piece, RankStore
-from transcoder.formats.store import Store
+from transcoder.formats.store import LeftOut, Store
 from transcoder.layout import Cut
 from transcoder.notation import LayoutError
 from transcoder.planner import McoreTensor, Model
@@ -35,7 +37,7 @@ def bound(store: Store, model: Model) -> Store:
     Raises InputError listing pieces that do not have the shape that the model's rules give their rank.
     """
     if not isinstance(store, RankStore):
-        return store
+        return _without_copy(store, model)
     problems = list[Problem]()
     copied = {OUTPUT} - model.mcore.keys() if EMBEDDING in store.pieces else set()  # of a tied model's last stage
     specs = {key: _spec(store, model, key, problems) for key in store.pieces if key not in copied}
@@ -44,6 +46,16 @@ def bound(store: Store, model: Model) -> Store:
     tensors = {key: (spec.dtype, spec.shape, store.tensors[key][2]) for key, spec in specs.items()}
     fields = {name: getattr(store, name) for name in ("path", "objects", "ignored", "common", "warnings", "sizes")}
     return BoundRanks(tensors=tensors, pieces=store.pieces, records=store.records, catalog=specs, **fields)
+
+
+def _without_copy(store: Store, model: Model) -> Store:
+    """The store without the output layer that a trainer saved although the model's is its embedding."""
+    if not isinstance(store, PlainDcp) or HEAD in model.mcore or HEAD not in store.tensors:
+        return store
+    dtype, shape, _ = store.tensors[HEAD]
+    left = LeftOut(1, prod(shape) * dtype.size, "a copy of the embedding")
+    tensors = {key: value for key, value in store.tensors.items() if key != HEAD}
+    return replace(store, tensors=tensors, ignored={**store.ignored, HEAD: left})
 
 
 def _spec(store: RankStore, model: Model, key: str, problems: list[Problem]) -> TensorSpec:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage
-from transcoder.errors import UsageError
+from transcoder.errors import UsageError, refuse
 from transcoder.exportplan import files_below
+from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.torch_dist_writer import TorchDistWriter, place
 from transcoder.importing import ImportPlan, check_layout, run_sets, wanted_chunks
@@ -61,6 +62,9 @@ def plan_reshard(
     check_layout(layout, divisor)
     mesh.check_positive()
     source = open_megatron(src, hf_model, arch, quantised=True)  # in the spelling of its original
+    if isinstance(source.store, PlainDcp):
+        hint = "export it with mcore2hf, then import that with hf2mcore"
+        raise refuse("format", f"{src} has the names of another trainer: {hint}")
     model = _target_model(source, layout, norm_names, 0 if link else mesh.tp * divisor)
     mesh.check(model.limits(), model.sizes["l"])
     target = DTYPES[dtype] if dtype else source.dtype

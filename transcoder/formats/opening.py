@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transcoder.formats.foreign import recognised
 from transcoder.formats.rankfiles import is_ranks, open_ranks
 from transcoder.formats.store import Store
 from transcoder.formats.torch_dist import open_torch_dist
@@ -16,4 +17,4 @@ def is_checkpoint(folder: Path) -> bool:
 
 def open_store(folder: Path) -> Store:
     """The checkpoint in an iteration directory. Raises InputError for anything that is not whole."""
-    return open_torch_dist(folder) if (folder / ".metadata").is_file() else open_ranks(folder)
+    return recognised(open_torch_dist(folder)) if (folder / ".metadata").is_file() else open_ranks(folder)

@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 
 from transcoder.spec import Box, DType, TensorSpec
 
-TRAINING_STATE = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
+TRAINING_STATE = (
+    *("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_"),  # of Megatron
+    *("optim.", "lr_scheduler", "scheduler.", "dataloader", "train_state"),  # of trainers that save through torch's DCP
+)
 
 
 @dataclass(frozen=True, slots=True)

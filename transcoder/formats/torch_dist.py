@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.errors import Problem, printable, refuse
-from transcoder.formats.archive import read_tensor
+from transcoder.formats.archive import read_pickle, read_tensor
 from transcoder.formats.pickles import Global, Pairs, Record, measured
-from transcoder.formats.statefiles import backend_notes, dialect_notes, read_common
+from transcoder.formats.statefiles import backend_notes, dialect_notes, plain, read_common
 from transcoder.formats.store import Item, LeftOut, Store, training_state
 from transcoder.paths import map_file
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
@@ -122,6 +122,8 @@ def _opened(path: Path, root: object, common: Mapping[str, Any]) -> TorchDist:
     _check_ranges(places)
     state = next((item for key in places if key.startswith(COMMON_STATE) for item in places[key].values()), None)
     common = common or read_common(path, None if state is None else _item_view(path, state))
+    if not common and "args" in objects:  # of Megatron-FSDP, key by key
+        common = {"args": plain(read_pickle(_item_view(path, objects["args"]), None, "args"))}
     return TorchDist(path, tensors, objects, dict(ignored), common)
 
 
@@ -202,7 +204,8 @@ def _tensor(key: str, value: Record, places: _Places) -> tuple[DType, tuple[int,
         box = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
         if offsets not in places.get(key, {}):
             raise ValueError(f"{key!r}: the chunk at {offsets} has no item")
-        boxes.append((box, places[key][offsets]))
+        if prod(box_shape(box)) or not prod(shape):  # FSDP has ranks that hold nothing
+            boxes.append((box, places[key][offsets]))
     check_tiling(key, shape, [box for box, _ in boxes])
     return _dtype(fields["properties"]), shape, tuple(boxes)
 
