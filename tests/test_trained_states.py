@@ -7,15 +7,21 @@ import os
 import re
 import shutil
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
 
 import transcoder
+from transcoder.formats.archive import read_archive
+from transcoder.formats.zips import Entry
+from transcoder.planning import plan_mcore2hf
 
 sys.path.insert(0, str(Path(__file__).parent / "megatron"))
 from harness import launch
@@ -174,15 +180,52 @@ def test_a_tensor_that_does_not_fit_its_rank_is_named(trained: Trained, tmp_path
         transcoder.mcore2hf(source, tmp_path / "hf", arch="LlamaForCausalLM")
 
 
+OLDER = (
+    ("self_attention.linear_qkv.", "self_attention.query_key_value."),
+    ("self_attention.linear_proj.", "self_attention.dense."),
+    ("pre_mlp_layernorm.", "post_attention_norm."), ("input_layernorm.", "input_norm."),
+    ("mlp.linear_fc1.", "mlp.dense_h_to_4h."), ("mlp.linear_fc2.", "mlp.dense_4h_to_h."),
+    ("final_layernorm.", "final_norm."),
+)  # fmt: skip
+
+
+def before_core(state: dict[str, Any]) -> dict[str, Any]:
+    """The same tensors as `megatron/legacy/model/language_model.py` nests and names them."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in state["model"].items():
+        for new, old in OLDER:
+            name = name.replace(new, old)
+        if name.startswith("decoder."):
+            parts.setdefault("encoder", OrderedDict())[name.removeprefix("decoder.")] = value
+        elif name.startswith("embedding."):
+            parts["embedding"] = {"word_embeddings": OrderedDict(weight=value)}
+        elif name.startswith("output_layer.") and "embedding" not in parts and value is not None:
+            state["word_embeddings_for_head"] = OrderedDict(weight=value)
+        elif value is not None:
+            parts["output_layer"] = OrderedDict(weight=value)
+    copy = {"word_embeddings_for_head": state.pop("word_embeddings_for_head", None)}
+    return state | {"model": {"language_model": parts, **{name: each for name, each in copy.items() if each}}}
+
+
+@pytest.mark.parametrize("name", ("ranks tp", "ranks uneven"))
+def test_the_classes_before_megatron_core_are_read(trained: Trained, tmp_path: Path, name: str) -> None:
+    source = changed_ranks(trained(name), tmp_path / "older", before_core)
+    transcoder.mcore2hf(source, tmp_path / "hf", arch="LlamaForCausalLM", sync=False)
+    assert_trained(trained(name), tmp_path / "hf")
+
+
 def older(state: dict[str, Any]) -> dict[str, Any]:
-    return state | {"model": {"language_model": {"encoder": {"layers.0.input_norm.weight": torch.ones(3)}}}}
+    return state | {"checkpoint_version": 1.0}
 
 
 def transposed(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"model": {"decoder.layers.0.mlp.experts.weight1": torch.ones(3, 4)}}
 
 
-@pytest.mark.parametrize(("change", "words"), ((older, "before megatron-core"), (transposed, "legacy GroupedMLP")))
+UNREAD = ((older, "checkpoint_version 2.0 or more; found 1.0"), (transposed, "legacy GroupedMLP"))
+
+
+@pytest.mark.parametrize(("change", "words"), UNREAD)
 def test_what_older_releases_wrote_is_recognised(
     trained: Trained, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], words: str
 ) -> None:
@@ -276,3 +319,28 @@ def test_the_arguments_are_found_in_the_store_of_newer_releases(trained: Trained
     transcoder.mcore2hf(source, tmp_path / "hf", arch="LlamaForCausalLM", sync=False)
     assert_trained(one, tmp_path / "hf")
     assert transcoder.inspect(source)["config"]["num_attention_heads"] == 4
+
+
+def resealed(data: bytes, entry: Entry, pickle: bytes) -> bytes:
+    """The archive with another pickle of the same length, its checksum corrected wherever it stands."""
+    changed = data[: entry.start] + pickle + data[entry.start + entry.size :]
+    return changed.replace(entry.crc.to_bytes(4, "little"), crc32(pickle).to_bytes(4, "little"))
+
+
+def test_a_changed_pickle_of_a_rank_is_refused_or_means_what_it_says(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained("ranks experts")["out"], tmp_path / "changed")
+    file = tmp_path / "changed" / "iter_0000002" / "mp_rank_00_001" / "model_optim_rng.pt"
+    data, rng, refused = file.read_bytes(), Random(5), 0
+    entry = read_archive(memoryview(data), "good")["data.pkl"]
+    good = data[entry.start : entry.start + entry.size]
+    for _ in range(60):
+        pickle = bytearray(good)
+        for place in rng.sample(range(len(good)), rng.choice((1, 2, 5))):
+            pickle[place] = rng.randrange(256)
+        file.write_bytes(resealed(data, entry, bytes(pickle)))
+        try:
+            transcoder.inspect(tmp_path / "changed")
+            plan_mcore2hf(tmp_path / "changed", arch=architecture(trained("ranks experts")))
+        except transcoder.InputError:
+            refused += 1
+    assert 20 < refused < 60

@@ -21,6 +21,31 @@ _COLUMNS = re.compile(
 LEGACY_EXPERTS = re.compile(r".*mlp\.experts\.weight[12]")
 
 
+# Names of the classes before megatron-core (megatron/legacy/model/{language_model,transformer}.py of Megatron-LM 0.12).
+_OLDER = (
+    (r"language_model\.(encoder|transformer)\.layers\.", "decoder.layers."),
+    (r"language_model\.(encoder|transformer)\.final_(?:layer)?norm\.", "decoder.final_layernorm."),
+    (r"language_model\.(embedding|output_layer)\.", r"\1."),
+    (r"\.input_(?:layer)?norm\.", ".self_attention.linear_qkv.layer_norm_"),
+    (r"\.post_attention_(?:layer)?norm\.", ".mlp.linear_fc1.layer_norm_"),
+    (r"\.(?:self_)?attention\.query_key_value\.", ".self_attention.linear_qkv."),
+    (r"\.(?:self_)?attention\.dense\.", ".self_attention.linear_proj."),
+    (r"\.mlp\.dense_h_to_4h\.", ".mlp.linear_fc1."),
+    (r"\.mlp\.dense_4h_to_h\.", ".mlp.linear_fc2."),
+)
+
+
+def newer_name(name: str) -> str:
+    """The name that megatron-core gives a tensor of an older class, which lies there as it did before.
+
+    >>> newer_name("language_model.encoder.layers.3.input_norm.weight")
+    'decoder.layers.3.self_attention.linear_qkv.layer_norm_weight'
+    """
+    for pattern, text in _OLDER:
+        name = re.sub(pattern, text, name)
+    return name
+
+
 def renumbered(name: str, first: int) -> str:
     """The name with its decoder layer counted from `first`.
 

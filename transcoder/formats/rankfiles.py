@@ -23,7 +23,7 @@ from transcoder.formats.archive import (
     read_archive,
     unpickle,
 )
-from transcoder.formats.localnames import LEGACY_EXPERTS, cut_axis, layer_of, renumbered, stored_key
+from transcoder.formats.localnames import LEGACY_EXPERTS, cut_axis, layer_of, newer_name, renumbered, stored_key
 from transcoder.formats.pickles import Pairs, Record
 from transcoder.formats.statefiles import plain
 from transcoder.formats.store import Item, LeftOut, Store
@@ -35,7 +35,8 @@ FILES = ("model_optim_rng.pt", "model_rng.pt")
 OPTIMIZER = "distrib_optim.pt"
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _MODEL = re.compile(r"model(\d*)")
-OLDER = "language_model"  # of Megatron-LM's classes before megatron-core
+OLDER = "language_model"  # of Megatron-LM's classes before megatron-core, which nest their states
+COPY = "word_embeddings_for_head."  # the embedding once more, on the last stage of an older class
 Sizes = Mapping[str, int]
 
 
@@ -137,22 +138,38 @@ def _read(folder: Path, numbers: tuple[int, ...], file: str) -> _Rank:
     models = sorted((int(found[1] or 0), name) for name in values if (found := _MODEL.fullmatch(name)))
     if not models:
         raise refuse("ranks", f"{file} holds no model", [Problem(file=file, found=", ".join(sorted(values))[:200])])
+    _check_version(values, file)
     chunks = tuple(dict(_tensors(values[name], entries, file)) for _, name in models)
     return _Rank(numbers, file, chunks, values, entries)
 
 
 def _tensors(model: object, entries: Mapping[str, Entry], file: str) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors of a model chunk; `_extra_state` apart, which holds no weights."""
-    state = model.items if isinstance(model, Record) else model  # an OrderedDict or a dict
-    if not isinstance(state, Pairs):
+    items = _items(model)
+    if items is None:
         raise refuse("ranks", f"{file}: the model's state is not a dictionary", [Problem(file=file)])
-    for name, value in state:
-        if not isinstance(name, str) or name == OLDER:
-            raise _older(file)
-        if not name.endswith("_extra_state") and value is not None:
+    older = any(name == OLDER for name, _ in items)
+    for name, value in _flat(model, ""):
+        if not name.endswith("_extra_state") and value is not None and not name.startswith(COPY):
             if LEGACY_EXPERTS.fullmatch(name):
                 raise _grouped(file, name)
-            yield name, place_tensor(_typed(value), entries, f"{file}: {name}")
+            yield newer_name(name) if older else name, place_tensor(_typed(value), entries, f"{file}: {name}")
+
+
+def _items(value: object) -> Pairs | None:
+    """What a dict or an OrderedDict holds."""
+    if isinstance(value, Record) and value.callable.name == "OrderedDict":
+        return value.items or Pairs()
+    return value if isinstance(value, Pairs) else None
+
+
+def _flat(value: object, name: str) -> Iterator[tuple[str, object]]:
+    """The leaves of nested dictionaries, which older classes save, under dotted names."""
+    items = _items(value)
+    if items is None:
+        yield name, value
+    for key, inner in items or ():
+        yield from _flat(inner, f"{name}.{key}" if name else str(key))
 
 
 def _typed(value: object) -> object:
@@ -163,10 +180,13 @@ def _typed(value: object) -> object:
     return value
 
 
-def _older(file: str) -> InputError:
-    hint = "convert it with tools/checkpoint/convert.py of Megatron-LM 0.8 to 0.12 (--loader legacy --saver core)"
-    problem = Problem(file=file, expected="decoder.layers.0.…", found="language_model.encoder.layers.0.…", hint=hint)
-    return refuse("older-model", "a checkpoint of Megatron-LM's classes before megatron-core", [problem])
+def _check_version(values: Mapping[str, object], file: str) -> None:
+    """Refuse the order of query, key and value rows that Megatron-LM had before 2020."""
+    version = values.get("checkpoint_version", 3.0)
+    if not (isinstance(version, int | float) and version >= 2):
+        hint = "load it in Megatron-LM, which turns the rows, and save it again"
+        problem = Problem(file=file, expected="checkpoint_version 2.0 or more", found=f"{version!r:.40}", hint=hint)
+        raise refuse("older-model", "query, key and value rows are in an order that is not read", [problem])
 
 
 def _grouped(file: str, name: str) -> InputError:
