@@ -34,16 +34,16 @@ Trained = Callable[[str], Case]
 def cases(root: Path) -> dict[str, Case]:
     """Every way in which megatron-core 0.16.1 shards an optimizer's state, every grid of two ranks; and rank files."""
     legacy = {"format": "torch"}
-    found = (
-        case(root, "tp", DENSE, "fully_reshardable", tp=2),
+    found = (  # those of one grid together
         case(root, "dp", DENSE | {"mtp_num_layers": 1}, "fully_reshardable"),
-        case(root, "uneven", DENSE, "dp_reshardable", pp=2, first=1, tied=True),
-        case(root, "vpp", DENSE | {"num_layers": 4}, "dp_zero_gather_scatter", pp=2, vpp=2),
-        case(root, "experts", SPARSE, "dp_reshardable", ep=2),
-        case(root, "plain", SPARSE, "", pp=2, first=2),
+        case(root, "tp", DENSE, "fully_reshardable", tp=2),
         case(root, "ranks tp", DENSE, "fully_reshardable", tp=2, **legacy),
+        case(root, "uneven", DENSE, "dp_reshardable", pp=2, first=1, tied=True),
+        case(root, "plain", SPARSE, "", pp=2, first=2),
         case(root, "ranks uneven", DENSE, "fully_reshardable", pp=2, first=1, tied=True, **legacy),
+        case(root, "vpp", DENSE | {"num_layers": 4}, "dp_zero_gather_scatter", pp=2, vpp=2),
         case(root, "ranks vpp", DENSE | {"num_layers": 4}, "", pp=2, vpp=2, **legacy),
+        case(root, "experts", SPARSE, "dp_reshardable", ep=2),
         case(root, "ranks experts", SPARSE, "fully_reshardable", ep=2, **legacy),
         case(root, "ranks both", SPARSE, "", tp=2, ep=2, etp=1, steps=0, **legacy),
     )

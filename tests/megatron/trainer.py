@@ -60,19 +60,23 @@ class OnCpu(TorchFunctionMode):
         return found
 
 
-def start(case: dict[str, Any]) -> None:
-    """The process groups of a case and its random numbers."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    if mpu.model_parallel_is_initialized():
+def grid(case: dict[str, Any]) -> tuple[Any, ...]:
+    """tp, pp, virtual stages, ep and etp."""
+    return case["tp"], case["pp"], case.get("vpp"), case.get("ep", 1), case.get("etp", case["tp"])
+
+
+def start(case: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """The process groups of a case, if the one before had others, and its random numbers."""
+    if before is None or grid(case) != grid(before):
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(
-        case["tp"],
-        case["pp"],
-        virtual_pipeline_model_parallel_size=case.get("vpp"),
-        expert_model_parallel_size=case.get("ep", 1),
-        expert_tensor_parallel_size=case.get("etp", 1),
-    )
+        tp, pp, virtual, ep, etp = grid(case)
+        mpu.initialize_model_parallel(
+            tp,
+            pp,
+            virtual_pipeline_model_parallel_size=virtual,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+        )
     torch.manual_seed(7 + mpu.get_pipeline_model_parallel_rank())  # whole tensors are made on every rank, then cut
     tensor_parallel.random._CUDA_RNG_STATE_TRACKER = Forked()
     tensor_parallel.random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
@@ -109,7 +113,7 @@ def configuration(case: dict[str, Any]) -> TransformerConfig:
         pipeline_model_parallel_size=case["pp"],
         virtual_pipeline_model_parallel_size=case.get("vpp"),
         expert_model_parallel_size=case.get("ep", 1),
-        expert_tensor_parallel_size=case.get("etp", 1),
+        expert_tensor_parallel_size=case.get("etp", case["tp"]),
         num_layers_in_first_pipeline_stage=case.get("first"),
         moe_token_dispatcher_type="allgather",
         gradient_accumulation_fusion=False,
@@ -312,9 +316,9 @@ def note(case: dict[str, Any], chunks: list[Any]) -> None:
     torch.save({"place": place, "parameters": found}, Path(case["out"]) / f"live-{dist.get_rank()}.pt")
 
 
-def run_case(case: dict[str, Any]) -> None:
-    """Build, train, save in every format that the case asks for, note."""
-    start(case)
+def run_case(case: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """Build, train, note, save in the format that the case asks for."""
+    start(case, before)
     config = configuration(case)
     chunks = build(case, config)
     before = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
@@ -332,9 +336,10 @@ def run_case(case: dict[str, Any]) -> None:
 def main(path: str) -> None:
     """Run every case; a line per case in PATH.out."""
     cases = json.loads(Path(path).read_text())
-    for case in cases:
+    dist.init_process_group("gloo")
+    for before, case in zip([None, *cases], cases, strict=False):
         with OnCpu():
-            run_case(case)
+            run_case(case, before)
         if dist.get_rank() == 0:
             with Path(f"{path}.out").open("a") as file:
                 file.write(json.dumps({"case": case["name"], "ok": True, "failures": []}) + "\n")
