@@ -26,7 +26,6 @@ DIMENSIONS = (
     "num_moe_experts",
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
-    "mtp_num_layers",
 )
 
 

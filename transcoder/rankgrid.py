@@ -17,10 +17,10 @@ from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.rankfiles import Piece, RankStore
 from transcoder.formats.store import LeftOut, Store
 from transcoder.layout import Cut
-from transcoder.notation import LayoutError
-from transcoder.planner import McoreTensor, Model
+from transcoder.planner import Model
 from transcoder.spec import Box, Catalog, Chunk, TensorSpec
 
+Cuts = tuple[tuple[Cut, ...], ...]  # per dimension
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -61,24 +61,29 @@ def _without_copy(store: Store, model: Model) -> Store:
 def _spec(store: RankStore, model: Model, key: str, problems: list[Problem]) -> TensorSpec:
     """The tensor with its chunks, each taken from the first rank that has it."""
     dtype, shape, _ = store.tensors[key]
-    tensor, chunks = model.mcore.get(key), dict[Box, Chunk]()
+    tensor, chunks, cuts = model.mcore.get(key), dict[Box, Chunk](), Cuts()
     if tensor is None:
         return TensorSpec(key, dtype, shape, ())
+    layout = tensor.family.mcore[tensor.part].layout
     for piece in store.pieces[key]:
         try:
-            for chunk in _chunks(tensor, piece, store):
+            cuts = cuts or layout.cuts(tensor.family.sizes, store.sizes)
+            if piece.stored.dtype != dtype:
+                raise ValueError(f"another rank has {dtype.name}")
+            for chunk in _chunks(cuts, piece):
                 chunks.setdefault(chunk.box, chunk)
-        except (LayoutError, ValueError) as error:
+        except ValueError as error:  # LayoutError is one
             rule, found = tensor.family.rule.label, f"{piece.stored.dtype.name} {list(piece.stored.shape)}"
             problems.append(Problem(str(error), piece.file, key, rule, expected="this rank's part of it", found=found))
     return TensorSpec(key, dtype, tensor.shape, tuple(chunks.values()))
 
 
-def _chunks(tensor: McoreTensor, piece: Piece, store: RankStore) -> Iterator[Chunk]:
-    """The boxes that a rank's tensor holds, with their ranges of its payload. Raises ValueError."""
-    layout = tensor.family.mcore[tensor.part].layout
-    at = {**piece.at, "e": piece.expert}
-    cuts = [[cut for cut in dim if _is_own(cut, at)] for dim in layout.cuts(tensor.family.sizes, store.sizes)]
+def _chunks(whole: Cuts, piece: Piece) -> Iterator[Chunk]:
+    """The boxes that a rank's tensor holds, with their ranges of its payload. Raises ValueError when it does not fit.
+
+    whole: all parts into which the grid cuts each dimension.
+    """
+    cuts = [_own(dim, piece) for dim in whole]
     local = tuple(sum(cut.stop - cut.start for cut in dim) for dim in cuts)
     if (local[1:] if piece.expert >= 0 else local) != piece.stored.shape:
         raise ValueError(f"the rule gives it shape {list(local)}")
@@ -93,5 +98,8 @@ def _chunks(tensor: McoreTensor, piece: Piece, store: RankStore) -> Iterator[Chu
         place += nbytes
 
 
-def _is_own(cut: Cut, at: dict[str, int]) -> bool:
-    return all(at.get(name, index) == index for name, index in cut.at)
+def _own(dim: tuple[Cut, ...], piece: Piece) -> tuple[Cut, ...]:
+    """The parts of a dimension that are a piece's; of experts, the one that it is."""
+    if dim and any(name == "e" for name, _ in dim[0].at):
+        return dim[piece.expert : piece.expert + 1] if piece.expert >= 0 else ()
+    return tuple(cut for cut in dim if all(piece.at.get(name, index) == index for name, index in cut.at))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,9 @@ def open_ranks(folder: Path) -> RankStore:
     ranks = [_read(folder, numbers, file) for numbers, file in _files(folder)]
     common = {name: plain(ranks[0].values[name]) for name in ("args", "iteration") if name in ranks[0].values}
     arguments = common.get("args")
-    sizes = _grid(ranks, arguments if isinstance(arguments, dict) else {})
-    pieces = dict[str, list[Piece]]()
-    first = _first_layers(ranks, sizes)
-    for rank in ranks:
-        at = _coordinates(rank.numbers, sizes)
+    sizes, places = _grid(ranks, arguments if isinstance(arguments, dict) else {})
+    pieces, first = dict[str, list[Piece]](), _first_layers(ranks, places)
+    for rank, at in zip(ranks, places, strict=True):
         for virtual, tensors in enumerate(rank.chunks):
             for key, piece in _pieces(rank.file, tensors, first[virtual, at["pp"]], at):
                 pieces.setdefault(key, []).append(piece)
@@ -195,62 +194,48 @@ def _grouped(file: str, name: str) -> InputError:
     return refuse("legacy-experts", "experts of the legacy GroupedMLP lie transposed in one tensor", [problem])
 
 
-def _grid(ranks: list[_Rank], arguments: Mapping[str, Any]) -> dict[str, int]:
-    """tp, pp, ep and etp of the ranks; refuse files that are missing."""
+def _grid(ranks: list[_Rank], arguments: Mapping[str, Any]) -> tuple[dict[str, int], list[dict[str, int]]]:
+    """tp, pp, ep and etp, and where each rank is on them; refuse files that are missing."""
     if len({len(rank.numbers) for rank in ranks}) != 1:
         raise refuse("ranks", "the ranks' folders are of different grids", [Problem(found=ranks[0].file)])
-    size = {name: arguments.get(f"{long}_model_parallel_size") for name, long in _LONG.items()}
-    names = _names(len(ranks[0].numbers), size)
-    found = {name: 1 + max(rank.numbers[i] for rank in ranks) for i, name in enumerate(names)}
-    sizes = {"tp": 1, "pp": 1, "ep": 1} | found
+    long = {"tp": "tensor", "pp": "pipeline", "ep": "expert"}
+    said = {name: arguments.get(f"{word}_model_parallel_size") for name, word in long.items()}
+    names = _names(len(ranks[0].numbers), said)
+    places = [dict.fromkeys(long, 0) | dict(zip(names, rank.numbers, strict=True)) for rank in ranks]
+    sizes = {name: 1 + max(at[name] for at in places) for name in long}
+    _check_grid(places, sizes, {name: n for name, n in said.items() if type(n) is int})
     etp = arguments.get("expert_tensor_parallel_size")
     sizes["etp"] = etp if type(etp) is int and 0 < etp <= sizes["tp"] and sizes["tp"] % etp == 0 else sizes["tp"]
-    _check_grid(ranks, sizes, names, {name: n for name, n in size.items() if type(n) is int})
-    return sizes
+    return sizes, [at | {"etp": at["tp"] % sizes["etp"]} for at in places]
 
 
-_LONG = {"tp": "tensor", "pp": "pipeline", "ep": "expert"}
-
-
-def _names(count: int, size: Mapping[str, Any]) -> tuple[str, ...]:
+def _names(count: int, said: Mapping[str, Any]) -> tuple[str, ...]:
     """What the numbers of a folder count: of two, the second is the expert rank only without a pipeline."""
-    second = "ep" if (size["pp"] or 1) == 1 and (size["ep"] or 1) != 1 else "pp"
+    second = "ep" if (said["pp"] or 1) == 1 and (said["ep"] or 1) != 1 else "pp"
     return ("tp", second)[:count] if count < 3 else ("tp", "pp", "ep")
 
 
-def _check_grid(ranks: list[_Rank], sizes: Sizes, names: tuple[str, ...], said: Sizes) -> None:
+def _check_grid(places: list[dict[str, int]], sizes: Sizes, said: Sizes) -> None:
     problems = [
-        Problem(
-            message=f"{name} parallel size", expected=f"{count} (args)", found=f"{sizes[name]} in the folders' names"
-        )
+        Problem(message=f"{name} parallel size", expected=f"{count} (args)", found=f"{sizes[name]} in folders' names")
         for name, count in said.items()
         if count != sizes[name]
     ]
-    seen = {tuple(dict(zip(names, rank.numbers, strict=True)).get(name, 0) for name in ("tp", "pp")) for rank in ranks}
-    problems += [
-        Problem(file=f"mp_rank_{tp:02d}_{pp:03d}", expected="a file of this rank", found="none")
-        for tp in range(sizes["tp"])
-        for pp in range(sizes["pp"])
-        if (tp, pp) not in seen
-    ]
+    seen = {(at["tp"], at["pp"]) for at in places}
+    if len(seen) < sizes["tp"] * sizes["pp"]:
+        tp, pp = next(each for each in product(range(sizes["tp"]), range(sizes["pp"])) if each not in seen)
+        problems.append(Problem(file=f"mp_rank_{tp:02d}_{pp:03d}", expected="a file of this rank", found="none"))
     if problems:
         raise refuse("ranks", "the files of some ranks are missing", problems)
 
 
-def _coordinates(numbers: tuple[int, ...], sizes: Sizes) -> dict[str, int]:
-    two = ("tp", "ep" if sizes["pp"] == 1 and sizes["ep"] > 1 else "pp")
-    names = two[: len(numbers)] if len(numbers) < 3 else ("tp", "pp", "ep")
-    at = {"tp": 0, "pp": 0, "ep": 0} | dict(zip(names, numbers, strict=True))
-    return at | {"etp": at["tp"] % sizes["etp"]}
-
-
-def _first_layers(ranks: list[_Rank], sizes: Sizes) -> dict[tuple[int, int], int]:
+def _first_layers(ranks: list[_Rank], places: list[dict[str, int]]) -> dict[tuple[int, int], int]:
     """The number of the first layer of every model chunk and stage: layers run through the stages chunk by chunk."""
     counts = dict[tuple[int, int], int]()
-    for rank in ranks:
+    for rank, at in zip(ranks, places, strict=True):
         for virtual, tensors in enumerate(rank.chunks):
-            place = virtual, _coordinates(rank.numbers, sizes)["pp"]
-            counts[place] = max(counts.get(place, 0), 1 + max(map(layer_of, tensors), default=-1))
+            counted = 1 + max(map(layer_of, tensors), default=-1)
+            counts[virtual, at["pp"]] = max(counts.get((virtual, at["pp"]), 0), counted)
     first, found = 0, {}
     for place in sorted(counts):
         found[place], first = first, first + counts[place]
