@@ -132,6 +132,15 @@ def train_state(data: bytes) -> None:
     find_iteration(folder)
 
 
+def rank(data: bytes) -> None:
+    """model_optim_rng.pt of the one rank of a legacy checkpoint, and the model in it."""
+    folder = bases.ranks()
+    _put(folder / "model_optim_rng.pt", data)
+    opened = _opened(folder.parents[1])
+    for spec in opened.store.catalog.values():
+        assert all(chunk.offset + chunk.nbytes <= len(data) for chunk in spec.chunks)
+
+
 def backend(data: bytes) -> None:
     """metadata.json of an iteration."""
     folder = bases.iteration(bases.plain("backend"))
@@ -182,5 +191,6 @@ TARGETS: dict[str, Target] = {
     "run_config": Target(run_config, texts.yaml),
     "train_state": Target(train_state, _archive, zipping.repaired),
     "backend": Target(backend, jsons.mutate),
+    "rank": Target(rank, _archive, zipping.repaired),
     # Further readers (the journal, zarr's .zarray) are one row each, with seeds in fuzz/seeds.py.
 }
