@@ -204,10 +204,16 @@ def _tensor(key: str, value: Record, places: _Places) -> tuple[DType, tuple[int,
         box = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
         if offsets not in places.get(key, {}):
             raise ValueError(f"{key!r}: the chunk at {offsets} has no item")
-        if prod(box_shape(box)) or not prod(shape):  # FSDP has ranks that hold nothing
+        if not _is_nothing(box, shape):
             boxes.append((box, places[key][offsets]))
     check_tiling(key, shape, [box for box, _ in boxes])
     return _dtype(fields["properties"]), shape, tuple(boxes)
+
+
+def _is_nothing(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a chunk is what a rank of FSDP writes that holds no row of a tensor."""
+    inside = len(box) == len(shape) and all(stop <= extent for (_, stop), extent in zip(box, shape, strict=True))
+    return inside and prod(shape) > 0 == prod(box_shape(box))
 
 
 def _dtype(properties: object) -> DType:
