@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: bench demo demo-generate demo-real check fuzz test test-full test-exhaustive record wheel
+.PHONY: bench browser demo demo-generate demo-real check fuzz test test-full test-exhaustive record wheel
 $(VENV)/base: pyproject.toml constraints.txt kernels/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -49,8 +49,14 @@ test: $(VENV)/tests
 record: $(VENV)/tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --proved=write
 
-# The full matrices against megatron-core, and conversions that are killed fifty times.
-test-full: $(VENV)/tests .venv-mcore015/done
+# A real browser for the test of `inspect --html`: Debian's, where the machine has none.
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo,)
+browser:
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ $(SUDO) apt-get update -q && $(SUDO) apt-get install -yq --no-install-recommends chromium; }
+
+# The full matrices against megatron-core, a browser's clicks, and conversions that are killed fifty times.
+test-full: $(VENV)/tests .venv-mcore015/done browser
 	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
 # Every I/O call of every conversion fails once; thousands of mutated inputs; 50,000 tensors. Half an hour.

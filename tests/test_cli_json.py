@@ -93,6 +93,7 @@ GOOD: dict[str, Callable[[Place], Words]] = {
     "plan export": lambda p: ["plan", p.mcore],
     "inspect megatron": lambda p: ["inspect", p.mcore],
     "inspect hf": lambda p: ["inspect", EXAMPLE, "--tree"],
+    "inspect page": lambda p: ["inspect", p.mcore, "--html", p.new],
 }
 BAD: dict[str, tuple[int, str, Callable[[Place], Words]]] = {
     "no argument": (2, "usage", lambda p: ["hf2mcore"]),

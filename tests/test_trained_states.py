@@ -25,6 +25,7 @@ from transcoder.planning import plan_mcore2hf
 
 sys.path.insert(0, str(Path(__file__).parent / "megatron"))
 from harness import launch
+from test_page import data_of, told
 from trained import DENSE, SPARSE, TRAINER, architecture, assert_trained, case
 
 Case = dict[str, Any]
@@ -126,6 +127,10 @@ def test_rank_files_are_inspected_and_checked(trained: Trained, tmp_path: Path) 
     rows = {row["key"]: row for row in found["keys"]}
     assert found["format"] == "torch" and found["parallel"] == {"tp": 1, "pp": 1, "ep": 2, "etp": 1, "ranks": 2}
     assert rows["decoder.layers.2.mlp.experts.experts.linear_fc1.weight"]["shape"] == [4, 48, 32]
+    transcoder.inspect(one["out"], html=tmp_path / "page.html")
+    shown = data_of((tmp_path / "page.html").read_text())
+    assert {key for key, _, _, _ in told(shown)} == set(rows)
+    assert {file.split("/")[0] for file, _ in shown["files"]} == {"mp_rank_00_000", "mp_rank_00_001"}
     assert transcoder.check(one["out"])["checked"]["checksums"] > 20
     shutil.copytree(one["out"], tmp_path / "damaged")
     file = tmp_path / "damaged" / "iter_0000002" / "mp_rank_00_001" / "model_optim_rng.pt"

@@ -12,11 +12,12 @@ from transcoder.dialects import dialect_of
 from transcoder.errors import InputError
 from transcoder.formats.huggingface import is_hf, open_hf
 from transcoder.formats.opening import open_store
+from transcoder.formats.peft import is_peft
 from transcoder.formats.rankfiles import RankStore
 from transcoder.formats.store import Store
 from transcoder.hfconfig import architecture_of, read_config
 from transcoder.iterations import find_iteration, notes
-from transcoder.spec import Box, DType
+from transcoder.outline import Held, natural, outline, tree
 
 CONFIG_FIELDS = (
     "num_layers",
@@ -31,34 +32,54 @@ CONFIG_FIELDS = (
 )
 
 
-def inspect(directory: Path, follow_links: bool = False) -> dict[str, Any]:
-    """A report on a Hugging Face directory or a Megatron checkpoint. Raises InputError."""
+def inspect(
+    directory: Path, follow_links: bool = False, html: Path | None = None, as_tree: bool = False
+) -> dict[str, Any]:
+    """A report on weights or an adapter of any supported format. Raises InputError, OutputError.
+
+    html: where to write it as a page. as_tree: whether it has the names as a tree, too.
+    """
+    report, tensors = look(directory, follow_links)
+    root = outline(tensors) if html or as_tree else None
+    if html and root:
+        from transcoder.page import write_page
+
+        write_page(html, report, root)
+        report["html"] = str(html)
+    return report | ({"tree": list(tree(root))} if as_tree and root else {})
+
+
+def look(directory: Path, follow_links: bool = False) -> tuple[dict[str, Any], list[Held]]:
+    """The report, and every tensor with the places of its chunks. Raises InputError."""
     if is_hf(directory):
         return _inspect_hf(directory, follow_links)
-    report = _inspect_megatron(find_iteration(directory))
-    return report | {"warnings": [*notes(directory), *report["warnings"]]}
+    report, tensors = _inspect_megatron(find_iteration(directory))
+    return report | {"warnings": [*notes(directory), *report["warnings"]]}, tensors
 
 
-def _inspect_hf(directory: Path, follow_links: bool) -> dict[str, Any]:
+def _inspect_hf(directory: Path, follow_links: bool) -> tuple[dict[str, Any], list[Held]]:
     source = open_hf(directory, follow_links)
-    keys = [_row(s.name, s.dtype, s.shape, [s.chunks[0].box], {s.chunks[0].file}) for s in source.catalog.values()]
-    return _report(directory, "safetensors", keys) | {
+    tensors = [
+        Held(spec.name, spec.dtype, spec.shape, tuple((chunk.box, chunk.file, chunk.offset) for chunk in spec.chunks))
+        for spec in source.catalog.values()
+    ]
+    return _report(directory, "peft" if is_peft(directory) else "safetensors", tensors) | {
         "architecture": architecture_of(source.config),
         "files": [{"name": shard.name, "bytes": shard.size} for shard in source.shards],
         "config": {key: value for key, value in source.config.items() if not isinstance(value, dict | list)},
         "warnings": list(source.warnings),
-    }
+    }, tensors
 
 
-def _inspect_megatron(folder: Path) -> dict[str, Any]:
+def _inspect_megatron(folder: Path) -> tuple[dict[str, Any], list[Held]]:
     store = open_store(folder)
-    keys = [
-        _row(key, dtype, shape, [box for box, _ in places], {item.file for _, item in places})
+    tensors = [
+        Held(key, dtype, shape, tuple(sorted((box, item.file, item.offset) for box, item in places)))
         for key, (dtype, shape, places) in sorted(store.tensors.items())
     ]
     found = store.common.get("args")
     arguments = found if isinstance(found, dict) else {}
-    return _report(folder, store.form, keys) | {
+    return _report(folder, store.form, tensors) | {
         "architecture": _architecture(folder),
         "dialect": _dialect(store.tensors),
         "parallel": _parallel(arguments, store),
@@ -69,7 +90,7 @@ def _inspect_megatron(folder: Path) -> dict[str, Any]:
             *store.warnings,
             *store.left_out(),
         ],
-    }
+    }, tensors
 
 
 def _files(folder: Path, store: Store) -> list[str]:
@@ -77,15 +98,17 @@ def _files(folder: Path, store: Store) -> list[str]:
     return sorted({entry.name for entry in folder.glob("*.distcp")} | set(store.files))
 
 
-def _report(path: Path, form: str, keys: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(path: Path, form: str, tensors: list[Held]) -> dict[str, Any]:
+    keys = [_row(held) for held in tensors]
     counts = {"tensors": len(keys), "parameters": sum(prod(row["shape"]) for row in keys)}
     return {"source": str(path), "format": form, **counts, "keys": keys}
 
 
-def _row(key: str, dtype: DType, shape: tuple[int, ...], boxes: list[Box], files: set[str]) -> dict[str, Any]:
+def _row(held: Held) -> dict[str, Any]:
+    boxes, files = [box for box, _, _ in held.places], {file for _, file, _ in held.places}
     grid = [len(set(intervals)) for intervals in zip(*boxes, strict=True)]
-    where = sorted(files, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-    return {"key": key, "dtype": dtype.name, "shape": list(shape), "grid": grid, "chunks": len(boxes), "files": where}
+    facts = {"key": held.key, "dtype": held.dtype.name, "shape": list(held.shape)}
+    return facts | {"grid": grid, "chunks": len(boxes), "files": sorted(files, key=natural)}
 
 
 def _architecture(folder: Path) -> str:
@@ -110,20 +133,6 @@ def _parallel(arguments: dict[str, Any], store: Store) -> dict[str, Any]:
     ranks = {match[1] for name in store.files if (match := re.match(r"__(\d+)_", name))}
     found = {short: arguments[name] for short, name in names.items() if name in arguments}
     return found | ({"ranks": len(ranks)} if ranks else {})
-
-
-def tree(report: dict[str, Any]) -> Iterator[str]:
-    """The keys as an indented tree, one line per part of a name."""
-    above: list[str] = []
-    for row in report["keys"]:
-        parts = row["key"].split(".")
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(above, parts, strict=False)) if a != b), min(len(above), len(parts))
-        )
-        for depth in range(shared, len(parts) - 1):
-            yield "  " * depth + parts[depth]
-        yield "  " * (len(parts) - 1) + f"{parts[-1]}  {row['dtype']} {row['shape']}"
-        above = parts[:-1]
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:

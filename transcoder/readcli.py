@@ -55,19 +55,22 @@ def _whole(report: Report) -> str:
 
 @cli.command()
 @click.argument("directory")
-@click.option("--tree", "as_tree", is_flag=True, help="the keys as a tree")
+@click.option("--tree", "as_tree", is_flag=True, help="the names as a tree, alike layers and experts as one")
+@click.option("--html", default=None, metavar="FILE", help="write a page that shows it all")
 @options(LINKS, COMMON)
-def inspect(directory: str, as_tree: bool, **chosen: Any) -> int:
+def inspect(directory: str, html: str | None, as_tree: bool, **chosen: Any) -> int:
     """Keys, dtypes, shapes, chunk grids, files, parallel layout and config of a checkpoint."""
     from transcoder import reading
 
     def lines(report: Report) -> Iterable[str]:
-        from transcoder.inspection import table, tree
+        from transcoder.inspection import table
 
-        return tree(report) if as_tree else table(report)
+        if html and not as_tree:
+            return [f"✅ {html} shows {report['tensors']} tensors"]
+        return report["tree"] if as_tree else table(report)
 
     out = console("inspect", chosen, directory)
-    return out.run(lambda: reading.inspect(directory, **chosen), lines)
+    return out.run(lambda: reading.inspect(directory, html=html, as_tree=as_tree, **chosen), lines)
 
 
 @cli.command()
