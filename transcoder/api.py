@@ -127,6 +127,8 @@ def roundtrip(
     started = time.monotonic()
     if options.get("mtp") == "drop":
         raise UsageError("a round trip gives everything back: it cannot drop layers", kind="mtp")
+    if options.get("merge_adapter"):
+        raise UsageError("a round trip gives everything back: it cannot merge an adapter", kind="adapter")
     hands = worker_count(workers, memory)
     place = Path(dst) / Path(src).resolve().name if dst else None
     for path in (place, megatron_save_path):

@@ -14,6 +14,7 @@ from transcoder import checksums, manifest
 from transcoder.errors import DifferenceError, InputError, Problem
 from transcoder.formats.huggingface import is_hf, open_hf
 from transcoder.formats.opening import open_store
+from transcoder.formats.peft import is_peft
 from transcoder.formats.store import Store
 from transcoder.iterations import current_rows, find_iteration, notes
 from transcoder.original import kept_headers, kept_index
@@ -53,7 +54,7 @@ def _check_hf(directory: Path, sample: float, follow_links: bool) -> dict[str, A
     parts = sum(shard.size for shard in source.shards)
     return {
         "source": str(directory),
-        "format": "safetensors",
+        "format": "peft" if is_peft(directory) else "safetensors",
         "tensors": len(source.catalog),
         "bytes_read": sum(len(shard.header) for shard in source.shards),
         "checked": {"files": len(source.shards), "bytes": parts, "checksums": 0, "digests": len(listed)},

@@ -17,9 +17,13 @@ from transcoder.recipe import pattern
 from transcoder.spec import Box, Catalog, DType, TensorSpec, box_shape
 
 
-def check_hf(model: Model, catalog: Catalog, dtype: DType, ignored: Iterable[str] = ()) -> None:
-    """Refuse unless the files hold exactly the tensors of the model. Raises InputError listing every problem."""
-    problems = [*_missing(model, catalog), *_unknown(model, catalog, set(ignored)), *_biases(model, catalog)]
+def check_hf(model: Model, catalog: Catalog, dtype: DType, ignored: Iterable[str] = (), whole: bool = True) -> None:
+    """Refuse unless the files hold exactly the tensors of the model. Raises InputError listing every problem.
+
+    whole: whether it is all of what the config describes, and not an adapter.
+    """
+    problems = [*_missing(model, catalog), *_unknown(model, catalog, set(ignored))]
+    problems += _biases(model, catalog) if whole else ()
     for name, tensor in model.hf.items():
         spec = catalog.get(name)
         if spec is not None and spec.shape != tensor.shape:

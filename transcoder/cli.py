@@ -22,7 +22,9 @@ from transcoder.options import (
     GRID,
     HUGGING_FACE,
     LINKS,
+    LORA,
     MEGATRON,
+    MERGE,
     MTP,
     REFERENCE,
     RESHAPE,
@@ -32,14 +34,14 @@ from transcoder.options import (
 )
 
 Report = dict[str, Any]
-IMPORT = (GRID, MEGATRON, MTP, DTYPE, ARCH, LINKS, WRITING, COMMON)
-EXPORT = (HUGGING_FACE, DTYPE, ARCH, LINKS, WRITING, COMMON)
+IMPORT = (GRID, MEGATRON, MTP, DTYPE, ARCH, MERGE, LINKS, WRITING, COMMON)
+EXPORT = (HUGGING_FACE, DTYPE, ARCH, MERGE, LINKS, WRITING, COMMON)
 
 
 @cli.command()
 @click.argument("src")
 @click.argument("dst")
-@options(*IMPORT)
+@options(*IMPORT, REFERENCE, LORA)
 def hf2mcore(src: str, dst: str, **chosen: Any) -> int:
     """Hugging Face directory → Megatron distributed checkpoint."""
     return _import("hf2mcore", src, dst, chosen)
@@ -197,7 +199,7 @@ def roundtrip(src: str | None, dst: str | None, hf_model_id: str | None, output_
 
 @cli.command()
 @click.argument("src")
-@options(GRID, MEGATRON, MTP, HUGGING_FACE, DTYPE, ARCH, LINKS, COST, COMMON)
+@options(GRID, MEGATRON, MTP, HUGGING_FACE, DTYPE, ARCH, MERGE, LORA, LINKS, COST, COMMON)
 def plan(src: str, **chosen: Any) -> int:
     """What hf2mcore or mcore2hf would do, from headers alone."""
     out = console("plan", chosen, src)

@@ -91,6 +91,8 @@ def _codec(family: Family, plan: Plan) -> str:
     weights = plan.work.source.weights if isinstance(plan.work, ImportPlan) else plan.work.weights
     codecs = sorted({weights.codecs[name].name for name in names if name in weights.codecs})
     steps = [f"{'decode' if forwards else 'encode'} {name}" for name in codecs]
+    if merged := plan.work.merge.names.intersection(names):
+        steps.append(f"merge {len(merged)} updates")
     one, two = ({plan.dtype_of(name, side).name for name in names} for side in ("source", "target"))
     steps += [f"cast {' and '.join(sorted(one))} to {' and '.join(sorted(two))}"] if one != two else []
     steps += [f"add {family.rule.plus if forwards else -family.rule.plus}"] if family.rule.plus else []

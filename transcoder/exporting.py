@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transcoder.engine import Fetch
     from transcoder.kept import Kept
     from transcoder.ledger import Ledger
+    from transcoder.merging import Merger
     from transcoder.work import Work
 
 
@@ -38,6 +39,7 @@ def export_identity(plan: ExportPlan, options: Mapping[str, Any]) -> dict[str, A
         files += [source.reference / name for name in plan.side_files]
     if source.original is not None:
         files += [source.original.path / shard.name for shard in source.original.shards]
+    files += plan.merge.files
     decided = [plan.index or b"", *(shard.name.encode() + shard.header for shard in plan.shards)]
     return identity("mcore2hf", options, dict.fromkeys(files), decided)
 
@@ -55,19 +57,21 @@ def run_export(plan: ExportPlan, work: Work, *, workers: int, tally: Tally, chec
     return warnings
 
 
-def _implied(source: Megatron) -> Iterator[str]:
-    if source.reference is None:
+def _implied(plan: ExportPlan) -> Iterator[str]:
+    source = plan.source
+    if source.reference is None and not plan.made:
         yield "config.json follows from Megatron's own configuration: what that does not say is left out"
         if not source.model.sizes["pad"]:
             yield f"vocab_size is {source.model.sizes['vocab']}, all rows of the embedding: some may be padding"
 
 
 def _side_files(plan: ExportPlan) -> Iterator[tuple[str, bytes]]:
-    if plan.source.reference is None:
+    yield from plan.made.items()
+    reference = plan.source.reference
+    if reference is not None:
+        yield from ((name, side_file(reference, name)) for name in plan.side_files)
+    elif not plan.made:
         yield "config.json", emitted(plan.source.config)
-        return
-    for name in plan.side_files:
-        yield name, side_file(plan.source.reference, name)
 
 
 def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> list[str]:
@@ -77,20 +81,21 @@ def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> l
     from transcoder.kept import Kept, copy_kept, encode_weight
     from transcoder.ledger import Ledger
     from transcoder.maps import Maps
+    from transcoder.merging import Merger
 
-    source = plan.source
+    source, merger = plan.source, Merger(plan.merge)
     chunks, kept = CheckedChunks(Maps(source.path).__getitem__), Kept(source)
-    warnings = [*plan.warnings, *_implied(source)]
+    warnings = [*plan.warnings, *_implied(plan)]
     with shard_files(plan.shards, work.out) as files:
         ledger = Ledger(work.journal, partial(flush, files) if work.sync else None)
         ledger.restore(source.store.catalog, chunks.passed)
         groups: dict[str, list[Callable[[], None]]] = {shard.name: [] for shard in plan.shards}
         for name, spec in sorted(plan.weights.catalog.items(), key=lambda item: item[1].chunks[0].offset):
-            job = partial(encode_weight, plan, name, files, chunks, kept, ledger, warnings)
+            job = partial(encode_weight, plan, name, merger, files, chunks, kept, ledger, warnings)
             if name not in source.model.hf:
                 job = partial(copy_kept, spec, files, kept)
             elif name not in plan.weights.codecs:
-                job = partial(_move, plan, spec, files[spec.chunks[0].file], chunks, kept, ledger, work.sync)
+                job = partial(_move, plan, spec, merger, files[spec.chunks[0].file], chunks, kept, ledger, work.sync)
             groups[spec.chunks[0].file].append(partial(job, tally))
         run_groups(groups.values(), workers, tally.stop)
         warnings += check_filler(source, chunks.fetch)
@@ -122,6 +127,7 @@ def shard_files(shards: Iterable[Shard], folder: Path) -> Iterator[dict[str, int
 def _move(
     plan: ExportPlan,
     spec: TensorSpec,
+    merger: Merger,
     file: int,
     chunks: CheckedChunks,
     kept: Kept,
@@ -130,7 +136,7 @@ def _move(
     tally: Tally,
 ) -> None:
     """Collect one tensor from its chunks into its place in a shard; compare its digest with the manifest's."""
-    from transcoder.engine import bands, converted, received
+    from transcoder.engine import bands, received
     from transcoder.kernels.casts import finite
     from transcoder.ledger import Track
     from transcoder.turned import collected, strokes
@@ -147,7 +153,7 @@ def _move(
                 values = received(tensor, band, stored, kept.values(tensor, stored, first, first + band.size))
                 track.tree.add(values)
                 track.count("odd", not finite(values, stored.name))
-                data = converted(values, stored, spec.dtype).data.cast("B")
+                data = merger.converted(tensor, first, values, stored, spec.dtype).data.cast("B")
                 offset = place.offset + first * spec.dtype.size
                 write_all(file, data, offset)
                 if flush:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transcoder.outgoing import config_changes
 from transcoder.paths import plain_name
 from transcoder.planner import HfTensor
 from transcoder.spec import DTYPES, DType
+from transcoder.updates import Merge, merge_of
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,18 @@ class ExportPlan:
     weights: Weights  # what the tensors of the shards mean
     changes: Mapping[str, Any]  # of config.json
     warnings: tuple[str, ...]
+    merge: Merge = field(default_factory=Merge)
+    made: Mapping[str, bytes] = field(default_factory=dict)  # side files that no directory holds
 
 
 def plan_export(
-    source: Megatron, *, dtype: str = "", max_shard: int = 5_000_000_000, quantised: bool = False
+    source: Megatron,
+    *,
+    dtype: str = "",
+    max_shard: int = 5_000_000_000,
+    quantised: bool = False,
+    merge_adapter: Path | None = None,
+    follow_links: bool = False,
 ) -> ExportPlan:
     """Where every exported tensor goes: the original shards if known, else shards of at most `max_shard` bytes.
 
@@ -63,11 +72,13 @@ def plan_export(
         weights = weights_of({spec.name: spec for shard in shards for spec in shard.tensors}, {})
         changes = config_changes(source, source.config, target)
     side_files, warnings = files_below(source.reference) if source.reference else ((), ())
-    return ExportPlan(source, shards, index, side_files, target, dict(_digests(source)), weights, changes, warnings)
+    merge = merge_of(merge_adapter, source.model, follow_links)
+    notes, digests = (*warnings, *merge.warnings), dict(digests_of(source))
+    return ExportPlan(source, shards, index, side_files, target, digests, weights, changes, notes, merge)
 
 
-def _digests(source: Megatron) -> Iterator[tuple[str, str]]:
-    """Digests of the manifest, but for tensors that are now spelled as another variant than on import."""
+def digests_of(source: Megatron) -> Iterator[tuple[str, str]]:
+    """Names and digests of the manifest, but for tensors that are now spelled as another variant than on import."""
     table = source.manifest or {}
     other = [name for name, choice in table.get("variants", {}).items() if source.model.values.get(name) != choice]
     for row in table.get("tensors", []):

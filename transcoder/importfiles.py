@@ -19,6 +19,7 @@ from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
 from transcoder.kept import NAME as KEPT
 from transcoder.mapped import side_file
 from transcoder.paths import map_file
+from transcoder.planner import HfTensor
 
 Small = dict[str, bytes | memoryview]  # files by name
 TOKENIZER_FILES = (
@@ -69,7 +70,7 @@ def _side_files(plan: ImportPlan) -> Small:
     dtype, dialect = plan.dtype.name, plan.model.dialect
     files: Small = {
         "common.pt": common_pt(fields, dtype, plan.padded_vocab, mesh.tp, mesh.pp, plan.step, dialect),
-        "run_config.yaml": run_config(fields, dtype).encode(),
+        "run_config.yaml": run_config(fields, dtype, plan.peft).encode(),
         "train_state.pt": train_state(plan.step),
     }
     for name in plan.source.side_files:
@@ -113,14 +114,13 @@ def _trackers(plan: ImportPlan, linked: bool) -> dict[str, bytes]:
 
 
 def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, Any]]) -> dict[str, Any]:
-    original = plan.source.weights.catalog
     tensors = (
         {
             "name": name,
             "dtype": tensor.family.dtype(plan.dtype).safetensors,
             "shape": list(tensor.shape),
             "tree": digests[name],
-            "exact": name in original and original[name].dtype == tensor.family.dtype(plan.dtype),
+            "exact": _exact(plan, tensor),
         }
         for name, tensor in plan.model.hf.items()
     )
@@ -141,6 +141,13 @@ def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, A
         "files": files,
         "restore": restore_table(plan.source) | {"vocab_size": plan.model.sizes["vocab"], "dtype": plan.stored.name},
     }
+
+
+def _exact(plan: ImportPlan, tensor: HfTensor) -> bool:
+    """Whether the checkpoint holds the very bits of the source."""
+    original = plan.source.weights.catalog.get(tensor.name)
+    same = original is not None and original.dtype == tensor.family.dtype(plan.dtype)
+    return same and tensor.name not in plan.merge.names
 
 
 def restore_table(source: HfDirectory) -> dict[str, Any]:

@@ -27,11 +27,13 @@ from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
 from transcoder.sizing import axis_sizes, given_sizes
 from transcoder.spec import DTYPES, DType
+from transcoder.updates import Merge, merge_of
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
     from transcoder.engine import Payloads, Sink
     from transcoder.ledger import Ledger
+    from transcoder.merging import Merger
     from transcoder.work import Work
 
 
@@ -51,6 +53,9 @@ class ImportPlan:
     iteration: int | str
     ignored: tuple[str, ...]  # tensors of the source that only an export needs
     warnings: tuple[str, ...] = field(default=())
+    merge: Merge = field(default_factory=Merge)
+    peft: Mapping[str, Any] | None = None  # of an adapter's checkpoint: what run_config.yaml says of it
+    base: Path | None = None  # of an adapter: the directory of the model that it belongs to
 
     @property
     def folder(self) -> str:
@@ -74,6 +79,7 @@ def plan_import(
     arch: str = "",
     norm_names: str = "",
     mtp: str = "keep",
+    merge_adapter: Path | None = None,
     follow_links: bool = False,
     form: str = "torch_dist",
 ) -> ImportPlan:
@@ -95,7 +101,8 @@ def plan_import(
     placement = place(form, wanted, model.objects(), mesh.world)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
-    notes = (*_remarks(source, model, warnings, ignored, dropped), *form_notes(placement))
+    merge = merge_of(merge_adapter, model, follow_links)
+    notes = (*_remarks(source, model, warnings, ignored, dropped), *form_notes(placement), *merge.warnings)
     padded = model.sizes["vocab"] + model.sizes["pad"]
     return ImportPlan(
         source,
@@ -110,6 +117,7 @@ def plan_import(
         iteration,
         tuple(sorted(ignored)),
         notes,
+        merge,
     )
 
 
@@ -196,8 +204,9 @@ def import_identity(plan: ImportPlan, options: Mapping[str, Any]) -> dict[str, A
     source = plan.source
     names = [*(shard.name for shard in source.shards), *source.side_files]
     files = [source.path / name for name in (*names, INDEX_NAME) if name != INDEX_NAME or source.index is not None]
+    files += [plan.base / "config.json"] if plan.base else []
     decided = (repr(sorted(plan.placement.sizes.items())).encode(), *(shard.header for shard in source.shards))
-    return identity("hf2mcore", options, files, decided)
+    return identity("hf2mcore", options, [*files, *plan.merge.files], decided)
 
 
 def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, checksums: str = "") -> list[str]:
@@ -229,12 +238,13 @@ def stream_import(
 ) -> dict[str, str]:
     """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
     from transcoder.engine import Payloads
+    from transcoder.merging import Merger
 
-    payloads = Payloads(plan.source)
+    payloads, merger = Payloads(plan.source), Merger(plan.merge)
     catalog, digests = plan.source.weights.catalog, dict[str, str]()
 
     def move(tensor: HfTensor) -> None:
-        digests[tensor.name] = _move(plan, tensor, payloads, sink, tally, ledger)
+        digests[tensor.name] = _move(plan, tensor, payloads, merger, sink, tally, ledger)
 
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
     tensors = sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name])
@@ -264,10 +274,16 @@ def run_sets(
 
 
 def _move(
-    plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, tally: Tally, ledger: Ledger | None
+    plan: ImportPlan,
+    tensor: HfTensor,
+    payloads: Payloads,
+    merger: Merger,
+    sink: Sink,
+    tally: Tally,
+    ledger: Ledger | None,
 ) -> str:
     """Send one tensor to its chunks, band by band. Returns its digest."""
-    from transcoder.engine import converted, scatter, sent
+    from transcoder.engine import scatter, sent
     from transcoder.kernels.casts import finite
     from transcoder.ledger import Track
     from transcoder.turned import strokes
@@ -276,13 +292,14 @@ def _move(
     track = Track(ledger, tensor.name, tensor.shape, target)
     noted = track.noting(sink)
     moves = list(payloads.bands(tensor.name))
-    if stored == target and tensor.name not in payloads.weights.codecs:  # in place: a longer range needs no memory
+    changed = stored != target or tensor.name in payloads.weights.codecs or tensor.name in plan.merge.names
+    if not changed:  # in place: a longer range needs no memory
         moves = strokes(plan.atlas, tensor, moves)
     for start, stop in moves:
         if stop > track.stop:
             values = payloads.read(tensor.name, start, stop)
             track.count("odd", not finite(values, stored.name))
-            band = converted(values, stored, target)
+            band = merger.converted(tensor, start, values, stored, target)
             track.tree.add(band)
             if not tensor.family.rule.alias:
                 scatter(plan.atlas, tensor, start, sent(tensor, band, target), noted)
@@ -294,13 +311,19 @@ def _move(
 
 def check_aliases(model: Model, digests: Mapping[str, str]) -> None:
     """Refuse copies of a tensor that are not equal to it. Raises InputError naming each."""
-    originals = {tensor.key: tensor.name for tensor in model.hf.values() if not tensor.family.rule.alias}
-    pairs = [(name, originals[t.key], t.family.rule) for name, t in model.hf.items() if t.family.rule.alias]
+    originals = {_stored(tensor): tensor.name for tensor in model.hf.values() if not tensor.family.rule.alias}
+    pairs = [(name, originals[_stored(t)], t.family.rule) for name, t in model.hf.items() if t.family.rule.alias]
     problems = [
         Problem(tensor=name, rule=rule.label, expected=f"the same values as {original}", found="other values")
         for name, original, rule in pairs
         if digests[name] != digests[original]
     ]
     if problems:
-        hint = "Megatron has one tensor for both"
+        hint = model.alias_hint or "Megatron has one tensor for both"
         raise refuse("alias", f"{len(problems)} tensors differ from those that they repeat: {hint}", problems)
+
+
+def _stored(tensor: HfTensor) -> tuple[str, tuple[tuple[str, int], ...]]:
+    """Which Megatron parameter a tensor is, or repeats."""
+    axes = {axis for side in tensor.family.rule.mcore for axis in side.name_axes}
+    return tensor.key, tuple(sorted((axis, i) for axis, i in tensor.index.items() if axis in axes))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transcoder.importing import ImportPlan
     from transcoder.ledger import Ledger
     from transcoder.megatron import Megatron
+    from transcoder.merging import Merger
     from transcoder.progress import Tally
 
 SCALES = 2.0**-117, 2.0**119  # an e4m3 number times one of these is an ordinary bfloat16 number
@@ -139,6 +140,7 @@ def copy_kept(spec: TensorSpec, files: Mapping[str, int], kept: Kept, tally: Tal
 def encode_weight(
     plan: ExportPlan,
     name: str,
+    merger: Merger,
     files: Mapping[str, int],
     chunks: CheckedChunks,
     kept: Kept,
@@ -147,7 +149,7 @@ def encode_weight(
     tally: Tally,
 ) -> None:
     """Collect one weight from its chunks and write it as its codec's parts; tell when scales had to be found anew."""
-    from transcoder.engine import BAND, converted, gather
+    from transcoder.engine import BAND, gather
     from transcoder.exporting import check_digest
     from transcoder.kernels.casts import finite
     from transcoder.ledger import Track
@@ -166,7 +168,8 @@ def encode_weight(
             old = [kept.read(part, *place) for part, place in zip(codec.parts[1:], places[1:], strict=True)]
             known = tuple(part for part in old if part is not None)
             whole = known if len(known) == len(old) else None
-            new = codec.encode(converted(band, stored, spec.dtype), spec.dtype.name, whole)
+            values = merger.converted(tensor, start * width, band, stored, spec.dtype)
+            new = codec.encode(values, spec.dtype.name, whole)
             for part, place, array in zip(codec.parts, places, new, strict=True):
                 _write(files, part, place[0], array)
             track.count("fresh", _differing(new[1], whole[0]) if whole else new[1].size)

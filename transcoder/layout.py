@@ -190,7 +190,7 @@ def _cut(node: Node, sizes: Mapping[str, int], mesh: Mapping[str, int], text: st
         yield from (Cut(base + i, base + i + 1, ((str(getattr(node, "name", "each")), i),)) for i in range(size))
     elif node.mesh:
         yield from _equal_parts(node.mesh, size, mesh.get(node.mesh, 1), base, text)
-    elif isinstance(node, Group) and node.kind == "[" and any(axis.mesh for axis in leaves(node)):
+    elif isinstance(node, Group) and node.kind == "[" and any(_marked(node)):
         for item in node.items:
             yield from _cut(item, sizes, mesh, text, base)
             base += _size(item, sizes)

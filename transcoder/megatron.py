@@ -90,7 +90,7 @@ def open_megatron(
     folder = find_iteration(path)
     store = open_store(folder)
     table = manifest.read(folder)
-    _check_files(folder, table, hf_model is not None)
+    check_files(folder, table, hf_model is not None)
     reference = _reference(folder, hf_model)
     left_out = side_files(reference, set())[1] if reference == folder / "hf" else ()
     store = replace(store, warnings=(*notes(path), *store.warnings, *(row for row in left_out if "left out" in row)))
@@ -115,7 +115,7 @@ def open_megatron(
     check_mcore(model, store.catalog)
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
-    usual = _one_dtype(model, store)
+    usual = one_dtype(model, store)
     return Megatron(
         folder, store, model, atlas, usual, architecture, reference, config, original, origin, originally, table
     )
@@ -149,7 +149,7 @@ def _most_layers(store: Store) -> int:
     return max([len(store.tensors), *(shape[0] for _, shape, _ in store.tensors.values() if shape)])
 
 
-def _check_files(folder: Path, table: dict[str, Any] | None, other_reference: bool) -> None:
+def check_files(folder: Path, table: dict[str, Any] | None, other_reference: bool) -> None:
     """Refuse files that are not those of the manifest, trackers apart; those under hf/ only matter when used."""
     unused = ("../", "hf/") if other_reference else ("../",)
     rows = [row for row in (table or {}).get("files", []) if not row["name"].startswith(unused)]
@@ -186,7 +186,7 @@ def _implied_config(folder: Path, store: Store, arch: str) -> dict[str, Any]:
     return config_from(recipe, arch, fields, max(set(dtypes), key=dtypes.count))
 
 
-def _one_dtype(model: Model, store: Store) -> DType:
+def one_dtype(model: Model, store: Store) -> DType:
     """The dtype of all weights, but for those whose rule has another one, too. Raises InputError listing odd ones."""
     stored = {key: dtype for key, (dtype, _, _) in store.tensors.items()}
     common = [stored[key] for key, tensor in model.mcore.items() if not tensor.family.rule.dtype]

@@ -45,6 +45,16 @@ HUGGING_FACE = [
     click.option("--quantize", default=None, type=click.Choice(["like-source"]), help="scales and small numbers again"),
     click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE"),
 ]
+MERGE = [click.option("--merge-adapter", default=None, metavar="DIR", help="a PEFT adapter to merge into the weights")]
+LORA = [
+    click.option(
+        "--lora-form",
+        default="canonical",
+        show_default=True,
+        type=click.Choice(["canonical", "fused"]),
+        help="of SRC that is an adapter: one for each of q, k, v, gate and up, or one for all parts of a module",
+    )
+]
 COST = [
     click.option("--workers", default=0, metavar="N", help="threads; default min(4, cores)"),
     click.option("--memory", default="64MiB", show_default=True, metavar="SIZE", help="bound of the buffers"),

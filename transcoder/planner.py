@@ -140,6 +140,7 @@ class Model:
     sizes: Mapping[str, int]
     dialect: str
     families: tuple[Family, ...]
+    alias_hint: str = ""  # what to do when a tensor differs from the one that it repeats
 
     @cached_property
     def hf(self) -> dict[str, HfTensor]:
@@ -224,7 +225,7 @@ def build_model(recipe: Recipe, values: Mapping[str, Any], sizes: Mapping[str, i
     if dialect == "stacked" and not alike:
         raise UsageError("stacked keys need layers that are all alike; per-layer keys fit this model", kind="layout")
     chosen = dialect or ("stacked" if alike else "per-layer")
-    families = tuple(_family(rule, chosen, _with_fillers(rule, sizes), layers) for rule, layers in active)
+    families = tuple(family_of(rule, chosen, sizes, layers) for rule, layers in active)
     return Model(recipe, values, sizes, chosen, families)
 
 
@@ -236,7 +237,9 @@ def _with_fillers(rule: Rule, sizes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _family(rule: Rule, dialect: str, sizes: Mapping[str, int], layers: tuple[int, ...]) -> Family:
+def family_of(rule: Rule, dialect: str, given: Mapping[str, int], layers: tuple[int, ...]) -> Family:
+    """A rule in one dialect, for the layers that have it. given: axis sizes."""
+    sizes = _with_fillers(rule, given)
     mcore = tuple(spelled.shifted(sizes) for side in rule.mcore for spelled in spellings(side, dialect))
     pairs = tuple(tuple(_pairs(rule, side, mcore, sizes)) for side in rule.hf)
     rule = replace(rule, hf=tuple(side.shifted(sizes) for side in rule.hf))

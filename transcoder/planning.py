@@ -45,6 +45,9 @@ def plan_hf2mcore(
     arch: str = "",
     norm_names: str = "te",
     mtp: str = "keep",
+    merge_adapter: PathLike | None = None,
+    hf_model: PathLike | None = None,
+    lora_form: str = "canonical",
     follow_links: bool = False,
     format: str = "torch_dist",
 ) -> ImportPlan:
@@ -54,10 +57,26 @@ def plan_hf2mcore(
     `stacked`, `per-layer` and `singleton`; by default what Megatron itself uses.
     iteration: `both`, `release` or a number. arch: the Hugging Face class, when the config does not name it.
     mtp: `keep` or `drop` the layers of multi-token prediction. format: `torch_dist`, `zarr` or `zarr3`.
+    merge_adapter: directory of a PEFT adapter that is merged into the weights, in float32.
+    hf_model, lora_form: where `src` is a PEFT adapter, its base model, and whether each part of a fused module gets an
+    adapter (`canonical`) or all parts one (`fused`).
     """
+    from transcoder.formats.peft import is_peft
     from transcoder.importing import plan_import
     from transcoder.mapped import reading
 
+    if is_peft(Path(src)):
+        from transcoder.adapterplans import Choices, plan_adapter_import
+
+        if merge_adapter:
+            raise UsageError("adapters are merged into models: give the model as SRC", kind="adapter")
+        choices = Choices(layout, dtype, lora_form, iteration, format)
+        base = Path(hf_model) if hf_model else None
+        divisor = make_vocab_size_divisible_by
+        with reading(Path(src)):
+            return plan_adapter_import(Path(src), Mesh(tp, pp, ep, etp), base, arch, choices, divisor, follow_links)
+    if hf_model:
+        raise UsageError("--hf-model is for adapters, which need their base model", kind="usage")
     with reading(Path(src)), _uncollected():
         return plan_import(
             Path(src),
@@ -69,6 +88,7 @@ def plan_hf2mcore(
             arch=arch,
             norm_names=norm_names,
             mtp=mtp,
+            merge_adapter=Path(merge_adapter) if merge_adapter else None,
             follow_links=follow_links,
             form=format,
         )
@@ -83,13 +103,16 @@ def plan_mcore2hf(
     expert_layout: str = "like-source",
     max_shard_size: int | str = MAX_SHARD,
     quantize: str = "",
+    merge_adapter: PathLike | None = None,
     follow_links: bool = False,
 ) -> ExportPlan:
     """The plan of an export, decided and proved from metadata alone. Raises TranscoderError.
 
     hf_model: directory whose config, tokenizer and shard map are used. max_shard_size: bytes, or a text such as 5GB.
     quantize: `like-source` to write small numbers with scales where the original has them.
+    merge_adapter: as in `plan_hf2mcore`.
     """
+    from transcoder.adapterplans import is_adapter_checkpoint, plan_adapter_export
     from transcoder.exportplan import plan_export
     from transcoder.mapped import reading
     from transcoder.megatron import open_megatron
@@ -100,8 +123,19 @@ def plan_mcore2hf(
         raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
     layout = "" if expert_layout == "like-source" else expert_layout
     with reading(Path(src)), _uncollected():
+        if is_adapter_checkpoint(Path(src)):
+            if merge_adapter or quantize:
+                raise UsageError("an adapter is neither merged nor quantised: give the model as SRC", kind="adapter")
+            return plan_adapter_export(Path(src), reference, arch, dtype, layout)
         megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize), follow_links=follow_links)
-        return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
+        return plan_export(
+            megatron,
+            dtype=dtype,
+            max_shard=size_of(max_shard_size),
+            quantised=bool(quantize),
+            merge_adapter=Path(merge_adapter) if merge_adapter else None,
+            follow_links=follow_links,
+        )
 
 
 def plan_reshard(

@@ -87,11 +87,16 @@ def check(
     return report | {"seconds": round(time.monotonic() - started, 3)}
 
 
-def inspect(directory: PathLike, *, follow_links: bool = False) -> dict[str, Any]:
-    """What a checkpoint of any supported format holds, from headers alone. Raises InputError."""
+def inspect(
+    directory: PathLike, *, html: PathLike | None = None, as_tree: bool = False, follow_links: bool = False
+) -> dict[str, Any]:
+    """What a checkpoint of any supported format holds, from headers alone. Raises InputError, OutputError.
+
+    html: a file to write it to as a page that shows it. as_tree: whether `tree` of the report has the names as text.
+    """
     from transcoder.inspection import inspect as look
 
-    return look(Path(directory), follow_links)
+    return look(Path(directory), follow_links, Path(html) if html else None, as_tree)
 
 
 def architectures() -> dict[str, Any]:
@@ -121,26 +126,30 @@ def open_checkpoint(path: PathLike) -> Any:
 
 def verify_import(plan: ImportPlan, out: Path) -> None:
     """Read what an import wrote into `out`, from the disk, and compare it with the source. Raises DifferenceError."""
+    from transcoder.adapterplans import open_adapter
     from transcoder.disk import forget_pages
     from transcoder.megatron import open_megatron
-    from transcoder.views import cast_view, hf_view, megatron_view
+    from transcoder.views import files_view, megatron_view, merged_view
 
     forget_pages(out)
     dtypes = {name: tensor.family.dtype(plan.dtype) for name, tensor in plan.model.hf.items()}
-    source = cast_view(hf_view(plan.source.path, follow_links=True), dtypes)
+    source = merged_view(files_view(plan.source), plan.merge, plan.model, dtypes)
     shapes = {name: tensor.shape for name, tensor in plan.model.hf.items()}
-    written = open_megatron(out / plan.folder, None, plan.architecture, quantised=True, like=shapes)
+    if plan.base is not None:
+        written, *_ = open_adapter(out / plan.folder, plan.base, plan.architecture)
+    else:
+        written = open_megatron(out / plan.folder, None, plan.architecture, quantised=True, like=shapes)
     same(source, megatron_view(written), only=set(plan.model.hf))
 
 
 def verify_export(plan: ExportPlan, out: Path) -> None:
     """Read what an export wrote into `out`, from the disk, and compare it with the source. Raises DifferenceError."""
     from transcoder.disk import forget_pages
-    from transcoder.views import cast_view, hf_view, megatron_view
+    from transcoder.views import hf_view, megatron_view, merged_view
 
     forget_pages(out)
     dtypes = {name: spec.dtype for name, spec in plan.weights.catalog.items()}
-    same(cast_view(megatron_view(plan.source), dtypes), hf_view(out))
+    same(merged_view(megatron_view(plan.source), plan.merge, plan.source.model, dtypes), hf_view(out))
 
 
 def verify_reshard(plan: ReshardPlan, out: Path) -> None:

@@ -13,13 +13,15 @@ import numpy as np
 from transcoder.chunks import CheckedChunks
 from transcoder.engine import Array, Payloads, bands, converted, received
 from transcoder.errors import InputError
-from transcoder.formats.huggingface import is_hf, open_hf
+from transcoder.formats.huggingface import HfDirectory, is_hf, open_hf
 from transcoder.kept import Kept
 from transcoder.kernels.casts import to_float32
 from transcoder.maps import Maps
 from transcoder.megatron import Megatron, open_megatron
+from transcoder.planner import Model
 from transcoder.spec import DType
 from transcoder.turned import Reader
+from transcoder.updates import Merge
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ def _seen_as(directory: View, path: Path) -> View:
 
 def hf_view(path: Path, follow_links: bool = False) -> View:
     """A Hugging Face directory, read in place; quantised weights as the values they stand for."""
-    source = open_hf(path, follow_links)
+    return files_view(open_hf(path, follow_links))
+
+
+def files_view(source: HfDirectory) -> View:
+    """The weights of a directory that was opened."""
     tensors = {name: (spec.dtype, spec.shape) for name, spec in source.weights.catalog.items()}
     return View(tensors, Payloads(source).read)
 
@@ -98,6 +104,20 @@ def cast_view(view: View, dtypes: Mapping[str, DType]) -> View:
 
     def read(name: str, start: int, stop: int) -> Array:
         return converted(view.read(name, start, stop), view.tensors[name][0], tensors[name][0])
+
+    return View(tensors, read, view.finish)
+
+
+def merged_view(view: View, merge: Merge, model: Model, dtypes: Mapping[str, DType]) -> View:
+    """The same tensors with an adapter merged into them, in other dtypes."""
+    from transcoder.merging import Merger
+
+    merger = Merger(merge)
+    tensors = {name: (dtypes.get(name, dtype), shape) for name, (dtype, shape) in view.tensors.items()}
+
+    def read(name: str, start: int, stop: int) -> Array:
+        values, (source, _) = view.read(name, start, stop), view.tensors[name]
+        return merger.converted(model.hf[name], start, values, source, tensors[name][0])
 
     return View(tensors, read, view.finish)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import LISTED_PROBLEMS, Problem, reason, refuse
+from transcoder.formats.peft import WEIGHTS, is_peft, open_peft
 from transcoder.formats.safetensors import (
     INDEX_LIMIT,
     INDEX_NAME,
@@ -75,12 +76,19 @@ class HfDirectory:
 
 
 def is_hf(directory: Path) -> bool:
-    """Whether the directory is a Hugging Face one, by its marker file."""
-    return os.path.lexists(directory / "config.json") and not os.path.lexists(directory / ".metadata")
+    """Whether the directory is a Hugging Face one, of a model or of an adapter, by its marker file."""
+    marked = os.path.lexists(directory / "config.json") or is_peft(directory)
+    return marked and not os.path.lexists(directory / ".metadata")
 
 
 def open_hf(path: Path, follow_links: bool = False) -> HfDirectory:
-    """The directory, its headers validated and its index compared with them. Raises InputError."""
+    """The directory, its headers validated and its index compared with them; an adapter's has no config of a model.
+
+    Raises InputError.
+    """
+    if is_peft(path):
+        files, warnings = side_files(path, {WEIGHTS})
+        return HfDirectory(path, {}, (open_peft(path, follow_links).shard,), None, files, warnings, follow_links)
     if not path.is_dir():
         raise refuse("not-found", f"{path}: no such directory; give a Hugging Face model directory")
     config = read_config(path)

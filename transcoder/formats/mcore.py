@@ -94,8 +94,11 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def run_config(fields: Mapping[str, Any], dtype: str) -> str:
-    """run_config.yaml for Megatron Bridge: the fields without which it loads a different model or none."""
+def run_config(fields: Mapping[str, Any], dtype: str, peft: Mapping[str, Any] | None = None) -> str:
+    """run_config.yaml for Megatron Bridge: the fields without which it loads a different model or none.
+
+    peft: what it says of an adapter.
+    """
     import yaml
 
     kept = {name: value for name, value in fields.items() if not name.startswith("rotary_base")}
@@ -121,7 +124,8 @@ def run_config(fields: Mapping[str, Any], dtype: str) -> str:
         "tokenizer_model": {"_target_": "pathlib.Path"},
     }
     checkpoint = {"save_rng": False, "save_optim": False, "fully_parallel_save": True}
-    text: str = yaml.safe_dump({"model": model, "checkpoint": checkpoint, "tokenizer": tokenizer}, sort_keys=False)
+    table = {"model": model, "checkpoint": checkpoint, "tokenizer": tokenizer} | ({"peft": dict(peft)} if peft else {})
+    text: str = yaml.safe_dump(table, sort_keys=False)
     return text
 
 
