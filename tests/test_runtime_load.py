@@ -110,7 +110,7 @@ def llama(workshop: Workshop) -> Path:
 @pytest.fixture(scope="module")
 def stored(workshop: Workshop) -> Path:
     """Llama as a checkpoint of 2 × 2 ranks; the parent, with its trackers."""
-    return workshop.checkpoint("llama", (2, 2), "", "", "te").parent
+    return workshop.checkpoint("llama", (2, 2), "", "", "te", "torch_dist").parent
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def launch(
     workdir: Path,
     timeout: float = TIMEOUT,
     python: Path | str = sys.executable,
-    worker: Path = WORKER,
+    worker: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Run the cases on `world` ranks in one launch; AssertionError with everything said when one fails.
 
@@ -60,7 +60,7 @@ def launch(
     workdir.mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkstemp(prefix="cases-", suffix=".json", dir=workdir)[1])
     path.write_text(json.dumps(cases))
-    status, output = _run(_command(world, worker, path, python), timeout)
+    status, output = _run(_command(world, worker or WORKER, path, python), timeout)
     results = _results(Path(f"{path}.out"))
     failures = [f"{result['case']}\n  " + "\n  ".join(result["failures"]) for result in results if not result["ok"]]
     if status or failures or len(results) != len(cases):
