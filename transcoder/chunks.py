@@ -10,6 +10,7 @@ from transcoder.engine import Fetch
 from transcoder.errors import Problem, refuse
 from transcoder.ledger import Part
 from transcoder.mapped import ready
+from transcoder.paths import Extent
 from transcoder.planner import HfTensor
 from transcoder.spec import Box, Chunk
 from transcoder.sums import Sums
@@ -18,7 +19,7 @@ from transcoder.sums import Sums
 class CheckedChunks:
     """Payload ranges of mapped chunks; the recorded CRC-32 of each is compared once all of it has been read."""
 
-    def __init__(self, view: Callable[[str], memoryview]) -> None:
+    def __init__(self, view: Callable[[str], Extent]) -> None:
         self._view, self._sums = view, Sums()
 
     def again(self, key: str, chunk: Chunk, start: int, count: int) -> memoryview:

@@ -108,7 +108,8 @@ def sync_folder(folder: Path) -> None:
 
 def forget_pages(root: Path) -> None:
     """Drop the cached pages of all files below a folder that are on disk, so that the disk is read next."""
-    for path in (path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
+    files = root.rglob("*") if isinstance(root, Path) else ()
+    for path in (path for path in files if path.is_file() and not path.is_symlink()):
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

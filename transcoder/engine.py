@@ -26,7 +26,7 @@ from transcoder.kernels import strided
 from transcoder.kernels.casts import add, cast
 from transcoder.mapped import ready
 from transcoder.moves import Copy, Run, runs
-from transcoder.paths import map_file
+from transcoder.paths import Extent, extent
 from transcoder.planner import Filler, HfTensor
 from transcoder.progress import Cancelled
 from transcoder.spec import Chunk, DType, TensorSpec
@@ -56,7 +56,7 @@ def elements(data: memoryview, dtype: DType) -> Array:
     return np.frombuffer(data, dtype=f"<u{dtype.size}")
 
 
-def stored(views: Mapping[str, memoryview], spec: TensorSpec, start: int, stop: int) -> Array:
+def stored(views: Mapping[str, Extent], spec: TensorSpec, start: int, stop: int) -> Array:
     """The elements [start, stop) of a tensor of a mapped safetensors file, in place. Raises InputError."""
     file, base, size = spec.chunks[0].file, spec.chunks[0].offset, spec.dtype.size
     return elements(ready(views[file], base + start * size, base + stop * size, file, spec.name), spec.dtype)
@@ -66,7 +66,7 @@ class Payloads:
     """The files of a Hugging Face directory, mapped; weights are read as flat element ranges (raw bits)."""
 
     def __init__(self, source: HfDirectory) -> None:
-        self._views = {shard.name: map_file(source.path / shard.name, source.follow_links) for shard in source.shards}
+        self._views = {shard.name: extent(source.path / shard.name, source.follow_links) for shard in source.shards}
         self.weights = source.weights
 
     def bands(self, name: str) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from transcoder.formats.safetensors import INDEX_NAME, Shard
 from transcoder.mapped import side_file
 from transcoder.megatron import Megatron
 from transcoder.outgoing import changed, emitted
-from transcoder.paths import map_file
+from transcoder.paths import extent
 from transcoder.progress import Tally
 from transcoder.spec import TensorSpec
 
@@ -79,7 +79,7 @@ def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> l
     from transcoder.ledger import Ledger
 
     source = plan.source
-    views = {name: map_file(source.path / name) for name in source.files}
+    views = {name: extent(source.path / name) for name in source.files}
     chunks, kept = CheckedChunks(views.__getitem__), Kept(source)
     warnings = [*plan.warnings, *_implied(source)]
     with shard_files(plan.shards, work.out) as files:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.codecs import FLOATS, Codec
-from transcoder.disk import sized, write_all
+from transcoder.disk import PIECE, sized, write_all
 from transcoder.formats.safetensors import Shard, emit_header, read_shard
-from transcoder.paths import map_file
+from transcoder.paths import extent
 from transcoder.planner import HfTensor
 from transcoder.spec import DType, TensorSpec
 
@@ -62,10 +62,11 @@ def write_kept(plan: ImportPlan, path: Path, sync: bool) -> list[str]:
 def copy_file(source: Path, folder: Path, sync: bool) -> None:
     """Carry what was kept beside one checkpoint over to another one."""
     if (source / NAME).is_file():
-        view = map_file(source / NAME)
+        view = extent(source / NAME)
         file = sized(folder / NAME, len(view))
         try:
-            write_all(file, view, 0)
+            for start in range(0, len(view), PIECE):
+                write_all(file, view[start : start + PIECE], start)
             if sync:
                 os.fdatasync(file)
         finally:
@@ -110,7 +111,7 @@ class Kept:
         self._stored, self._converted = stored, converted
         folder, shards = kept_shards(source)
         follow = source.original is not None and source.original.follow_links
-        self._views = {shard.name: map_file(folder / shard.name, follow) for shard in shards}
+        self._views = {shard.name: extent(folder / shard.name, follow) for shard in shards}
         self._specs = {spec.name: spec for shard in shards for spec in shard.tensors}
 
     def read(self, part: TensorSpec, start: int, stop: int) -> Array | None:

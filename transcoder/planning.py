@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transcoder.errors import PathLike, UsageError
 from transcoder.mesh import Mesh
+from transcoder.places import place
 
 if TYPE_CHECKING:
     from transcoder.exportplan import ExportPlan
@@ -42,9 +42,10 @@ def plan_hf2mcore(
     from transcoder.importing import plan_import
     from transcoder.mapped import reading
 
-    with reading(Path(src)):
+    source = place(src)
+    with reading(source):
         return plan_import(
-            Path(src),
+            source,
             Mesh(tp, pp, ep, etp),
             layout=layout,
             dtype=dtype,
@@ -78,12 +79,12 @@ def plan_mcore2hf(
     from transcoder.megatron import open_megatron
     from transcoder.reports import size_of
 
-    reference = Path(hf_model) if hf_model else None
+    source, reference = place(src), place(hf_model) if hf_model else None
     if quantize not in ("", "like-source"):
         raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
     layout = "" if expert_layout == "like-source" else expert_layout
-    with reading(Path(src)):
-        megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize), follow_links=follow_links)
+    with reading(source):
+        megatron = open_megatron(source, reference, arch, layout, bool(quantize), follow_links=follow_links)
         return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
 
 
@@ -112,11 +113,12 @@ def plan_reshard(
     from transcoder import resharding
     from transcoder.mapped import reading
 
-    with reading(Path(src)):
+    source = place(src)
+    with reading(source):
         return resharding.plan_reshard(
-            Path(src),
+            source,
             Mesh(tp, pp, ep, etp),
-            hf_model=Path(hf_model) if hf_model else None,
+            hf_model=place(hf_model) if hf_model else None,
             arch=arch,
             layout=layout,
             norm_names=norm_names,

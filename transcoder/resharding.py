@@ -163,10 +163,10 @@ def _stream(
     from transcoder.exporting import check_filler
     from transcoder.kept import Kept
     from transcoder.ledger import READ, Ledger
-    from transcoder.paths import map_file
+    from transcoder.paths import extent
 
     source, target, digests = plan.source, plan.target, dict[str, str]()
-    views = {name: map_file(source.path / name) for name in source.files}
+    views = {name: extent(source.path / name) for name in source.files}
     chunks, kept = CheckedChunks(views.__getitem__), Kept(source)
     ledger = Ledger(work.journal, writer.sync if work.sync else None)
     ledger.restore(target.placement.catalog, writer.passed)

@@ -18,7 +18,7 @@ from transcoder.formats.huggingface import open_hf
 from transcoder.kept import Kept
 from transcoder.kernels.casts import to_float32
 from transcoder.megatron import Megatron, open_megatron
-from transcoder.paths import map_file
+from transcoder.paths import extent
 from transcoder.spec import DType
 from transcoder.turned import Reader
 
@@ -71,7 +71,7 @@ def hf_view(path: Path, follow_links: bool = False) -> View:
 
 def megatron_view(source: Megatron) -> View:
     """A Megatron checkpoint, gathered through its plan; checksums are compared on the way."""
-    files = {name: map_file(source.path / name) for name in source.files}
+    files = {name: extent(source.path / name) for name in source.files}
     chunks, kept = CheckedChunks(files.__getitem__), Kept(source)
     tensors = {name: (source.stored(tensor), tensor.shape) for name, tensor in source.model.hf.items()}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.archive import read_pickle
 from transcoder.formats.pickled import brief
@@ -24,7 +24,7 @@ BACKENDS: dict[str, object] = {
 
 def backend_notes(path: Path) -> Iterator[str]:
     """Refuse a metadata.json of another format; megatron-core itself needs the file."""
-    if not os.path.lexists(path / "metadata.json"):
+    if not there(path / "metadata.json"):
         yield "there is no metadata.json: megatron-core will not load this checkpoint"
         return
     table = read_json(path / "metadata.json", 1 << 20)
@@ -56,7 +56,7 @@ def plain(value: object) -> Any:
 
 def read_common(path: Path) -> dict[str, Any]:
     """The plain values of common.pt; {} when the file is absent. Nothing in it is executed. Raises InputError."""
-    if not os.path.lexists(path / "common.pt"):
+    if not there(path / "common.pt"):
         return {}
     root = read_pickle(map_file(path / "common.pt"), None, "common.pt")
     if not isinstance(root, Pairs):

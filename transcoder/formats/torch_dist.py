@@ -20,7 +20,8 @@ from transcoder.formats.archive import read_tensor
 from transcoder.formats.pickles import Global, Pairs, Record, measured
 from transcoder.formats.statefiles import backend_notes, dialect_notes
 from transcoder.formats.statefiles import read_common as read_common
-from transcoder.paths import map_file
+from transcoder.paths import Extent, extent, map_file
+from transcoder.remote.frames import Frame, ahead, framed
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
 
 METADATA_LIMIT = 1 << 30  # bytes
@@ -72,15 +73,24 @@ class TorchDist:
     @cached_property
     def catalog(self) -> dict[str, TensorSpec]:
         """Every weight tensor with its payload places; item containers are read and checked here."""
-        views: dict[str, memoryview] = {}
-        return {key: self._spec(key, views) for key in self.tensors}
+        views: dict[str, Extent] = {}
+        return {key: self._spec(key, views) for key in ahead(self.tensors, self._frames(views))}
 
-    def _spec(self, key: str, views: dict[str, memoryview]) -> TensorSpec:
+    def _frames(self, views: dict[str, Extent]) -> Iterator[list[Frame]]:
+        """Per tensor what has to be read of its items."""
+        for dtype, _, places in self.tensors.values():
+            yield [(self._view(i, views), i.offset, i.length, dtype, box_shape(box)) for box, i in places]
+
+    def _view(self, item: Item, views: dict[str, Extent]) -> Extent:
+        path = self.path / item.file
+        return views.get(item.file) or views.setdefault(item.file, extent(path, root=self.path))
+
+    def _spec(self, key: str, views: dict[str, Extent]) -> TensorSpec:
         dtype, shape, places = self.tensors[key]
         return TensorSpec(key, dtype, shape, tuple(self._chunk(key, dtype, box, item, views) for box, item in places))
 
-    def _chunk(self, key: str, dtype: DType, box: Box, item: Item, views: dict[str, memoryview]) -> Chunk:
-        view = views.get(item.file) or views.setdefault(item.file, map_file(self.path / item.file, root=self.path))
+    def _chunk(self, key: str, dtype: DType, box: Box, item: Item, views: dict[str, Extent]) -> Chunk:
+        view = self._view(item, views)
         if item.offset + item.length > len(view):
             found = f"{len(view)} bytes"
             raise refuse(
@@ -88,7 +98,8 @@ class TorchDist:
                 "an item lies beyond the end of its file",
                 [Problem(file=item.file, tensor=key, expected=f"{item.offset + item.length} bytes", found=found)],
             )
-        stored = read_tensor(view[item.offset : item.offset + item.length], f"{printable(item.file)}: {printable(key)}")
+        data = framed(view, item.offset, item.length, dtype, box_shape(box))
+        stored = read_tensor(data, f"{printable(item.file)}: {printable(key)}")
         if (stored.dtype, stored.shape) != (dtype, box_shape(box)):
             expected, found = f"{dtype.name} {list(box_shape(box))}", f"{stored.dtype.name} {list(stored.shape)}"
             raise refuse(

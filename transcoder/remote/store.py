@@ -1,0 +1,88 @@
+"""What the rest asks of an object store, and how its failures are told apart."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+TRIES = 5
+TOTAL_SECONDS = 120.0  # of all tries of one request
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 20.0  # seconds between two tries
+CONNECT_SECONDS, IDLE_SECONDS = 10, 30
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object: its size in bytes and what tells this version of it from others."""
+
+    size: int
+    etag: str
+
+
+class Failed(Exception):  # noqa: N818 (it is told apart by its kind)
+    """A request failed. kind: transient, missing, bucket, credentials, denied, changed, exists, endpoint or other."""
+
+    def __init__(self, kind: str, text: str, after: float = 0.0) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.after = after  # seconds that the store asks to wait
+
+
+class Store(Protocol):
+    """One bucket. Every method raises `Failed`; none retries."""
+
+    url: str  # of the bucket, without a slash at the end
+    resumable: bool  # whether another process can go on with an upload
+
+    def list(self, prefix: str, limit: int) -> dict[str, Entry]:
+        """Objects whose names begin with `prefix`, at most `limit` or a little more, in order of their names."""
+
+    def head(self, key: str) -> Entry | None:
+        """One object, None when there is none."""
+
+    def read(self, key: str, start: int, stop: int, etag: str) -> bytes:
+        """The bytes [start, stop) of this version of an object."""
+
+    def put(self, key: str, data: bytes | bytearray, fresh: bool = False) -> str:
+        """Write a whole object. fresh: fail with `exists` when there is one. Returns its ETag."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects, those that are there."""
+
+    def upload(self, key: str) -> str:
+        """Begin an object that comes in parts. Returns the id of the upload."""
+
+    def part(self, key: str, upload: str, number: int, data: bytearray) -> str:
+        """One part, numbers from 0. Returns its ETag."""
+
+    def parts(self, key: str, upload: str) -> dict[int, str] | None:
+        """The parts that an upload has, None when there is no such upload any more."""
+
+    def complete(self, key: str, upload: str, etags: Sequence[str]) -> None:
+        """Let the object appear."""
+
+    def abort(self, key: str, upload: str) -> None:
+        """Give an upload up."""
+
+
+def tried(call: Callable[[], T], stopped: Callable[[], bool] = lambda: False) -> T:
+    """What `call` returns; asked again, a few times and later and later, while failures are of the passing kind.
+
+    Raises Failed.
+    """
+    began, pause = time.monotonic(), FIRST_PAUSE
+    for left in reversed(range(TRIES)):
+        try:
+            return call()
+        except Failed as failure:
+            wait = max(failure.after, pause * random.uniform(0.5, 1.0))
+            late = time.monotonic() - began + wait > TOTAL_SECONDS
+            if failure.kind != "transient" or not left or late or stopped():
+                raise
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+    raise AssertionError("unreachable")
