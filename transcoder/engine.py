@@ -29,6 +29,7 @@ from transcoder.moves import Copy, Run, runs
 from transcoder.paths import Extent, extent
 from transcoder.planner import Filler, HfTensor
 from transcoder.progress import Cancelled
+from transcoder.remote.files import RemoteFile
 from transcoder.spec import Chunk, DType, TensorSpec
 from transcoder.staging import STAGE, staging
 
@@ -83,11 +84,27 @@ class Payloads:
         codec, spec = self.weights.codecs.get(name), self.weights.catalog[name]
         if codec is None:
             return self.stored(spec, start, stop)
-        width = spec.shape[-1]
-        first = start // width // codec.rows * codec.rows
-        last = min(-(-stop // (width * codec.rows)) * codec.rows, prod(spec.shape[:-1]))
+        width, (first, last) = spec.shape[-1], self._rows(codec, spec, start, stop)
         values: Array = codec.decode(self.parts(codec, first, last), spec.dtype.name)
         return values[start - first * width : stop - first * width]
+
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        """Begin to fetch what `read` will read, if it has to be fetched."""
+        codec, spec = self.weights.codecs.get(name), self.weights.catalog[name]
+        wanted = [(spec, (start, stop))]
+        if codec is not None:
+            wanted = list(zip(codec.parts, codec.places(*self._rows(codec, spec, start, stop)), strict=True))
+        for part, (begin, end) in wanted:
+            view, base = self._views[part.chunks[0].file], part.chunks[0].offset
+            if isinstance(view, RemoteFile):
+                view.ahead([(base + begin * part.dtype.size, base + end * part.dtype.size)])
+
+    @staticmethod
+    def _rows(codec: Codec, spec: TensorSpec, start: int, stop: int) -> tuple[int, int]:
+        """The rows that have to be decoded for some elements."""
+        width = spec.shape[-1]
+        first = start // width // codec.rows * codec.rows
+        return first, min(-(-stop // (width * codec.rows)) * codec.rows, prod(spec.shape[:-1]))
 
     def weigh(self, name: str, start: int, stop: int) -> int:
         """Stored bytes behind the elements [start, stop) of a band."""
@@ -179,20 +196,27 @@ def received(tensor: HfTensor, band: Array, dtype: DType, kept: Array | None) ->
 
 def fill(atlas: Atlas, filler: Filler, dtype: DType, sink: Sink) -> None:
     """Write zeros where no Hugging Face tensor supplies elements."""
-    zeros = memoryview(bytes(PIECE))
-    for chunk, start, size in _filler_ranges(atlas, filler, dtype):
-        sink(filler.key, chunk, start, zeros[:size])
+    for chunk, start, size in filler_ranges(atlas, filler, dtype):
+        sink(filler.key, chunk, start, zeros(size))
+
+
+_ZEROS = memoryview(bytes(PIECE))
+
+
+def zeros(size: int) -> memoryview:
+    """That many zeros, at most a piece."""
+    return _ZEROS[:size]
 
 
 def holds_values(atlas: Atlas, filler: Filler, dtype: DType, fetch: Fetch) -> bool:
     """Whether filler holds something other than zeros; all of it is read."""
     found = False
-    for chunk, start, size in _filler_ranges(atlas, filler, dtype):
+    for chunk, start, size in filler_ranges(atlas, filler, dtype):
         found |= bool(np.any(np.frombuffer(fetch(filler.key, chunk, start, size), np.uint8)))
     return found
 
 
-def _filler_ranges(atlas: Atlas, filler: Filler, dtype: DType) -> Iterator[tuple[Chunk, int, int]]:
+def filler_ranges(atlas: Atlas, filler: Filler, dtype: DType) -> Iterator[tuple[Chunk, int, int]]:
     """Chunk, first payload byte and count, at most a piece each."""
     for chunk, copy in atlas.fillers(filler):
         for run in runs(copy):

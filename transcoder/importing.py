@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import product as combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,15 @@ from transcoder.planner import HfTensor, McoreTensor, Model, build_model
 from transcoder.progress import Tally
 from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
+from transcoder.remote.paths import remote
 from transcoder.sizing import axis_sizes, given_sizes
 from transcoder.spec import DTYPES, DType
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
     from transcoder.engine import Payloads, Sink
-    from transcoder.ledger import Ledger
+    from transcoder.ledger import Ledger, Track
+    from transcoder.ordered import Mover
     from transcoder.work import Work
 
 
@@ -207,7 +209,8 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
     try:
         writer.prepare()
         ledger.restore(plan.placement.catalog, writer.passed)
-        digests = stream_import(plan, writer.write, workers, tally, ledger)
+        ordered = bool(remote(work.out) or remote(plan.source.path))
+        digests = stream_import(plan, writer.write, workers, tally, ledger, ordered)
         warnings = [*write_kept(plan, folder / KEPT, work.sync), *tally.warnings()]
         crcs = writer.finish()
         ledger.sync()
@@ -218,20 +221,24 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
 
 
 def stream_import(
-    plan: ImportPlan, sink: Sink, workers: int, tally: Tally, ledger: Ledger | None = None
+    plan: ImportPlan, sink: Sink, workers: int, tally: Tally, ledger: Ledger | None = None, ordered: bool = False
 ) -> dict[str, str]:
-    """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
+    """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype.
+
+    ordered: by the places in the target, as object stores need it.
+    """
     from transcoder.engine import Payloads
 
     payloads = Payloads(plan.source)
     catalog, digests = plan.source.weights.catalog, dict[str, str]()
 
-    def move(tensor: HfTensor) -> None:
-        digests[tensor.name] = _move(plan, tensor, payloads, sink, tally, ledger)
+    def mover(tensor: HfTensor) -> Mover:
+        return ImportMover(plan, tensor, payloads, sink, tally, ledger, digests)
 
     order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
     tensors = sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name])
-    run_sets(plan, tensors, move, sink, workers, tally)
+    run = run_places if ordered else run_sets
+    run(plan, tensors, mover, sink, workers, tally, ledger)
     check_aliases(plan.model, digests)
     return digests
 
@@ -239,50 +246,110 @@ def stream_import(
 def run_sets(
     plan: ImportPlan,
     tensors: Iterable[HfTensor],
-    move: Callable[[HfTensor], None],
+    mover: Callable[[HfTensor], Mover],
     sink: Sink,
     workers: int,
     tally: Tally,
+    ledger: Ledger | None = None,
 ) -> None:
     """Move every tensor, in this order within each of the file sets, then write what no tensor supplies."""
     from transcoder.engine import fill, run_groups
+    from transcoder.ordered import move_all
 
     groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
     for tensor in tensors:
-        groups[plan.placement.sets[tensor.key]].append(partial(move, tensor))
+        groups[plan.placement.sets[tensor.key]].append(lambda tensor=tensor: move_all(mover(tensor)))  # type: ignore[misc]
     for family, filler in plan.model.fillers():
         job = partial(fill, plan.atlas, filler, family.dtype(plan.dtype), sink)
         groups[plan.placement.sets[filler.key]].append(job)
     run_groups(groups, workers, tally.stop)
 
 
-def _move(
-    plan: ImportPlan, tensor: HfTensor, payloads: Payloads, sink: Sink, tally: Tally, ledger: Ledger | None
-) -> str:
-    """Send one tensor to its chunks, band by band. Returns its digest."""
-    from transcoder.engine import converted, scatter, sent
-    from transcoder.kernels.casts import finite
-    from transcoder.ledger import Track
-    from transcoder.turned import strokes
+def run_places(
+    plan: ImportPlan,
+    tensors: Iterable[HfTensor],
+    mover: Callable[[HfTensor], Mover],
+    sink: Sink,
+    workers: int,
+    tally: Tally,
+    ledger: Ledger | None = None,
+) -> None:
+    """The same, band by band in the order of the places where they go, and so are the places without a tensor."""
+    from transcoder.engine import filler_ranges, zeros
+    from transcoder.ordered import Job, Place, Sequence, move_all, run_ordered
 
-    stored, target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
-    track = Track(ledger, tensor.name, tensor.shape, target)
-    noted = track.noting(sink)
-    moves = list(payloads.bands(tensor.name))
-    if stored == target and tensor.name not in payloads.weights.codecs:  # in place: a longer range needs no memory
-        moves = strokes(plan.atlas, tensor, moves)
-    for start, stop in moves:
+    sequence = Sequence(plan.atlas.catalog, getattr(plan.placement, "items", ()))
+    found, jobs, others = list(tensors), list[Job](), list[tuple[Place, Callable[[], object]]]()
+    for number, tensor in enumerate(found):
+        ranges = mover(tensor).ranges
+        jobs += [(place, number, i) for i, place in enumerate(sequence.of(plan.atlas, tensor, ranges))]
+        if not ranges:
+            others.append(((0, 0), partial(move_all, mover(tensor))))
+    for family, filler in plan.model.fillers():
+        dtype = family.dtype(plan.dtype)
+        for chunk, start, size in filler_ranges(plan.atlas, filler, dtype):
+            place = sequence.at(filler.key, chunk.box, start // dtype.size)
+            others.append((place, partial(sink, filler.key, chunk, start, zeros(size))))
+    attend = ledger.attend if ledger else lambda name: None
+    names = [tensor.name for tensor in found]
+    run_ordered(jobs, lambda number: mover(found[number]), others, workers, tally, attend, names)
+
+
+class ImportMover:
+    """Sends one tensor to its chunks, range after range; its digest is noted at the end."""
+
+    def __init__(
+        self,
+        plan: ImportPlan,
+        tensor: HfTensor,
+        payloads: Payloads,
+        sink: Sink,
+        tally: Tally,
+        ledger: Ledger | None,
+        digests: dict[str, str],
+    ) -> None:
+        from transcoder.turned import strokes
+
+        self._plan, self._tensor, self._payloads, self._sink, self._tally = plan, tensor, payloads, sink, tally
+        self._ledger, self._digests = ledger, digests
+        self._stored, self._target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
+        self.ranges = list(payloads.bands(tensor.name))
+        if self._stored == self._target and tensor.name not in payloads.weights.codecs:
+            self.ranges = strokes(plan.atlas, tensor, self.ranges)  # in place: a longer range needs no memory
+
+    @cached_property
+    def _track(self) -> Track:
+        from transcoder.ledger import Track
+
+        return Track(self._ledger, self._tensor.name, self._tensor.shape, self._target)
+
+    def ahead(self, number: int) -> None:
+        """Begin to fetch a range, if it is to be moved."""
+        start, stop = self.ranges[number]
+        if stop > self._track.stop:
+            self._payloads.ahead(self._tensor.name, start, stop)
+
+    def step(self, number: int) -> None:
+        """Move a range that no earlier run has moved."""
+        from transcoder.engine import converted, scatter, sent
+        from transcoder.kernels.casts import finite
+
+        (start, stop), tensor, track = self.ranges[number], self._tensor, self._track
         if stop > track.stop:
-            values = payloads.read(tensor.name, start, stop)
-            track.count("odd", not finite(values, stored.name))
-            band = converted(values, stored, target)
+            values = self._payloads.read(tensor.name, start, stop)
+            track.count("odd", not finite(values, self._stored.name))
+            band = converted(values, self._stored, self._target)
             track.tree.add(band)
             if not tensor.family.rule.alias:
-                scatter(plan.atlas, tensor, start, sent(tensor, band, target), noted)
+                noted = track.noting(self._sink)
+                scatter(self._plan.atlas, tensor, start, sent(tensor, band, self._target), noted)
             track.reach(stop)
-        tally.moved(payloads.weigh(tensor.name, start, stop))
-    tally.finished(tensor, odd=bool(track.counts.get("odd")))
-    return track.tree.text()
+        self._tally.moved(self._payloads.weigh(tensor.name, start, stop))
+
+    def finish(self) -> None:
+        """Note the digest."""
+        self._tally.finished(self._tensor, odd=bool(self._track.counts.get("odd")))
+        self._digests[self._tensor.name] = self._track.tree.text()
 
 
 def check_aliases(model: Model, digests: Mapping[str, str]) -> None:

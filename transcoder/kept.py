@@ -7,13 +7,12 @@ by a constant, which rounds, and tensors that a model does not need but the orig
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.codecs import FLOATS, Codec
-from transcoder.disk import PIECE, sized, write_all
+from transcoder.disk import PIECE, File, close, make_durable, sized, write_all
 from transcoder.formats.safetensors import Shard, emit_header, read_shard
 from transcoder.paths import extent
 from transcoder.planner import HfTensor
@@ -53,9 +52,9 @@ def write_kept(plan: ImportPlan, path: Path, sync: bool) -> list[str]:
             write_all(file, data, place)
             place += len(data)
         if sync:
-            os.fdatasync(file)
+            make_durable(file)
     finally:
-        os.close(file)
+        close(file)
     return list(_extremes(payloads))
 
 
@@ -68,9 +67,9 @@ def copy_file(source: Path, folder: Path, sync: bool) -> None:
             for start in range(0, len(view), PIECE):
                 write_all(file, view[start : start + PIECE], start)
             if sync:
-                os.fdatasync(file)
+                make_durable(file)
         finally:
-            os.close(file)
+            close(file)
 
 
 def _extremes(payloads: Payloads) -> Iterator[str]:
@@ -130,7 +129,7 @@ class Kept:
         return None if known is None else self._converted(known, spec.dtype, dtype)
 
 
-def copy_kept(spec: TensorSpec, files: Mapping[str, int], kept: Kept, tally: Tally) -> None:
+def copy_kept(spec: TensorSpec, files: Mapping[str, File], kept: Kept, tally: Tally) -> None:
     """Write a tensor that no rule knows as the original has it."""
     data = kept.read(spec, 0, spec.nbytes // spec.dtype.size)
     _write(files, spec, 0, data)
@@ -140,7 +139,7 @@ def copy_kept(spec: TensorSpec, files: Mapping[str, int], kept: Kept, tally: Tal
 def encode_weight(
     plan: ExportPlan,
     name: str,
-    files: Mapping[str, int],
+    files: Mapping[str, File],
     chunks: CheckedChunks,
     kept: Kept,
     ledger: Ledger,
@@ -185,6 +184,6 @@ def _differing(one: Array, two: Array) -> int:
     return int((one != two).sum())
 
 
-def _write(files: Mapping[str, int], part: TensorSpec, start: int, array: Any) -> None:
+def _write(files: Mapping[str, File], part: TensorSpec, start: int, array: Any) -> None:
     place = part.chunks[0].offset + start * part.dtype.size
     write_all(files[part.chunks[0].file], memoryview(array).cast("B"), place)

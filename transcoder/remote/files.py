@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from transcoder.remote.store import Entry, Failed
+from transcoder.remote.store import Entry
 
 if TYPE_CHECKING:
     from transcoder.remote.paths import RemotePath
@@ -52,15 +52,7 @@ class RemoteFile:
         return memoryview(whole)
 
     def _piece(self, start: int, stop: int) -> bytes:
-        bucket, key = self.path.bucket, self.path.key
-
-        def read() -> bytes:
-            data = bucket.store.read(key, start, stop, self._entry.etag)
-            if len(data) != stop - start:
-                raise Failed("transient", f"{len(data)} bytes came for a range of {stop - start}")
-            return data
-
-        return bucket.asked(read, key)
+        return self.path.bucket.read(self.path.key, start, stop, self._entry.etag)
 
 
 class RemoteReader(io.RawIOBase):

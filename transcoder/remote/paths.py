@@ -24,8 +24,10 @@ from transcoder.remote.store import Entry, Failed, Store, tried
 if TYPE_CHECKING:
     from transcoder.remote.files import RemoteFile, RemoteReader
     from transcoder.remote.outbox import Outbox
+    from transcoder.remote.uploads import Upload
 
 T = TypeVar("T")
+HELD = "held"  # the ETag of an object that is yet to appear
 OBJECTS = 200_000  # of one prefix
 READERS = 16  # requests at a time
 
@@ -59,8 +61,23 @@ class Bucket:
         if len(found) >= OBJECTS:
             problem = Problem(file=f"{self.store.url}/{prefix}", expected=f"fewer than {OBJECTS} objects")
             raise refuse("not-found", "this prefix holds more than one checkpoint", [problem])
+        if self.outbox is not None:
+            found |= {key: Entry(len(data), HELD) for key, data in self.outbox.held.items() if key.startswith(prefix)}
         self._listed[prefix] = found
         return found
+
+    def read(self, key: str, start: int, stop: int, etag: str) -> bytes:
+        """The bytes [start, stop) of a version of an object. Raises InputError or OutputError."""
+
+        def once() -> bytes:
+            data = self.store.read(key, start, stop, etag)
+            if len(data) != stop - start:
+                raise Failed("transient", f"{len(data)} bytes came for a range of {stop - start}")
+            return data
+
+        if etag == HELD and self.outbox is not None:
+            return self.outbox.held[key][start:stop]
+        return self.asked(once, key)
 
     def path(self, url: str) -> Path:
         """The object of this URL, which is one of this store's."""
@@ -201,6 +218,20 @@ class RemotePath:
         return self
 
     absolute = resolve
+
+    def upload(self, size: int) -> Upload:
+        """The object, to be written: it has `size` bytes."""
+        return self._outbox.file(self.key, size)
+
+    def put(self, data: bytes | memoryview) -> None:
+        """The object, written as a whole."""
+        self._outbox.put(self.key, data)
+
+    @property
+    def _outbox(self) -> Outbox:
+        if self.bucket.outbox is None:
+            raise RuntimeError(f"{self}: nothing is written here")
+        return self.bucket.outbox
 
     def open(self) -> RemoteFile:
         """The object's bytes, fetched where they are asked for. Raises InputError."""
