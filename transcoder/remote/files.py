@@ -63,6 +63,7 @@ class RemoteReader(io.RawIOBase):
         self.size = len(file)
 
     def readable(self) -> bool:
+        """It is."""
         return True
 
     def read(self, size: int | None = -1) -> bytes:

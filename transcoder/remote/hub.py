@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-from transcoder.remote.store import Entry, Failed
-
-READ_ONLY = "hf:// is a source only; write to a directory or to s3://"
+from transcoder.remote.store import Entry, Failed, Store
 
 
-class Hub:
+class Hub(Store):
     """A revision of a model repository, resolved to a commit when it is opened."""
-
-    resumable = False
 
     def __init__(self, name: str, revision: str) -> None:
         from huggingface_hub import HfApi
@@ -55,12 +50,15 @@ class Hub:
         return Failed(kind, str(error).split("\n")[0], float(after) if after.isdigit() else 0.0)
 
     def list(self, prefix: str, limit: int) -> dict[str, Entry]:
+        """Objects whose names begin with `prefix`."""
         return {name: entry for name, entry in sorted(self._files.items()) if name.startswith(prefix)}
 
     def head(self, key: str) -> Entry | None:
+        """One object, None when there is none."""
         return self._files.get(key)
 
     def read(self, key: str, start: int, stop: int, etag: str) -> bytes:
+        """The bytes [start, stop) of this version."""
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils._headers import build_hf_headers
         from huggingface_hub.utils._http import hf_raise_for_status
@@ -77,24 +75,3 @@ class Hub:
 
         found: bytes = self._called(get)
         return found
-
-    def put(self, key: str, data: bytes | bytearray, fresh: bool = False) -> str:
-        raise Failed("other", READ_ONLY)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        raise Failed("other", READ_ONLY)
-
-    def upload(self, key: str) -> str:
-        raise Failed("other", READ_ONLY)
-
-    def part(self, key: str, upload: str, number: int, data: bytearray) -> str:
-        raise Failed("other", READ_ONLY)
-
-    def parts(self, key: str, upload: str) -> dict[int, str] | None:
-        raise Failed("other", READ_ONLY)
-
-    def complete(self, key: str, upload: str, etags: Sequence[str]) -> None:
-        raise Failed("other", READ_ONLY)
-
-    def abort(self, key: str, upload: str) -> None:
-        raise Failed("other", READ_ONLY)

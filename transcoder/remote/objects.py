@@ -8,7 +8,7 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any, TypeVar
 
-from transcoder.remote.store import CONNECT_SECONDS, IDLE_SECONDS, Entry, Failed
+from transcoder.remote.store import CONNECT_SECONDS, IDLE_SECONDS, Entry, Failed, Store
 
 T = TypeVar("T")
 KINDS = {
@@ -42,10 +42,8 @@ def google(bucket: str) -> Any:
     return GCSStore(bucket, **options)
 
 
-class Objects:
+class Objects(Store):
     """A bucket of a store that obstore knows."""
-
-    resumable = False
 
     def __init__(self, url: str, make: Callable[[], Any]) -> None:
         self.url = url
@@ -53,6 +51,7 @@ class Objects:
         self._writers: dict[str, tuple[Any, dict[int, bytearray], list[int], Lock]] = {}
 
     def list(self, prefix: str, limit: int) -> dict[str, Entry]:
+        """Objects whose names begin with `prefix`."""
         import obstore
 
         folder, _, _ = prefix.rpartition("/")  # obstore's prefixes are whole folders
@@ -68,6 +67,7 @@ class Objects:
         return dict(sorted(found.items()))
 
     def head(self, key: str) -> Entry | None:
+        """One object, None when there is none."""
         import obstore
 
         try:
@@ -78,12 +78,14 @@ class Objects:
             raise
 
     def read(self, key: str, start: int, stop: int, etag: str) -> bytes:
+        """The bytes [start, stop) of this version."""
         import obstore
 
         options: Any = {"range": (start, stop), "if_match": etag}
         return _told(lambda: bytes(obstore.get(self._store, key, options=options).bytes()))
 
     def put(self, key: str, data: bytes | bytearray, fresh: bool = False) -> str:
+        """Write a whole object. Returns its ETag."""
         import obstore
 
         mode: Any = "create" if fresh else "overwrite"
@@ -91,6 +93,7 @@ class Objects:
         return str(found["e_tag"])
 
     def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects."""
         import obstore
 
         for key in keys:
@@ -98,6 +101,7 @@ class Objects:
                 _told(lambda key=key: obstore.delete(self._store, key))  # type: ignore[misc]
 
     def upload(self, key: str) -> str:
+        """Begin an object that comes in parts."""
         import obstore
 
         writer = _told(lambda: obstore.open_writer(self._store, key, buffer_size=5 << 20, max_concurrency=1))
@@ -105,6 +109,7 @@ class Objects:
         return key
 
     def part(self, key: str, upload: str, number: int, data: bytearray) -> str:
+        """Send a part. Returns its ETag."""
         writer, early, ahead, lock = self._writers[key]
         with lock:
             early[number] = data
@@ -115,13 +120,16 @@ class Objects:
         return str(number)
 
     def parts(self, key: str, upload: str) -> dict[int, str] | None:
+        """The parts that were sent, None when the upload is gone."""
         return None
 
     def complete(self, key: str, upload: str, etags: Sequence[str]) -> None:
+        """Let the object appear."""
         writer, _, _, _ = self._writers.pop(key)
         _told(writer.close)
 
     def abort(self, key: str, upload: str) -> None:
+        """Give the upload up."""
         self._writers.pop(key, None)
 
 

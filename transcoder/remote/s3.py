@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from transcoder.remote.store import CONNECT_SECONDS, IDLE_SECONDS, Entry, Failed
+from transcoder.remote.store import CONNECT_SECONDS, IDLE_SECONDS, Entry, Failed, Store
 
 CONNECTIONS = 64
 KINDS = {
@@ -91,7 +91,7 @@ def _refused(response: dict[str, Any]) -> Failed:
     return Failed(kind, text, float(after) if after.isdigit() else 0.0)
 
 
-class S3:
+class S3(Store):
     """A bucket."""
 
     resumable = True
@@ -107,6 +107,7 @@ class S3:
             return call(Bucket=self._bucket, **arguments)
 
     def list(self, prefix: str, limit: int) -> dict[str, Entry]:
+        """Objects whose names begin with `prefix`."""
         found: dict[str, Entry] = {}
         more: dict[str, Any] = {"MaxKeys": min(limit, 1000)}
         while more and len(found) < limit:
@@ -116,6 +117,7 @@ class S3:
         return found
 
     def head(self, key: str) -> Entry | None:
+        """One object, None when there is none."""
         try:
             found = self._call("head_object", Key=key)
         except Failed as failure:
@@ -125,6 +127,7 @@ class S3:
         return Entry(found["ContentLength"], found["ETag"])
 
     def read(self, key: str, start: int, stop: int, etag: str) -> bytes:
+        """The bytes [start, stop) of this version."""
         with _failures():
             place = {"Bucket": self._bucket, "Key": key}
             found = self._client.get_object(**place, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)
@@ -137,6 +140,7 @@ class S3:
         return data
 
     def put(self, key: str, data: bytes | bytearray, fresh: bool = False) -> str:
+        """Write a whole object. Returns its ETag."""
         condition = {"IfNoneMatch": "*"} if fresh else {}
         try:
             found = self._call("put_object", Key=key, Body=data, ContentMD5=_md5(data), **condition)
@@ -147,17 +151,21 @@ class S3:
         return str(found["ETag"])
 
     def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects."""
         for key in keys:
             self._call("delete_object", Key=key)
 
     def upload(self, key: str) -> str:
+        """Begin an object that comes in parts."""
         return str(self._call("create_multipart_upload", Key=key)["UploadId"])
 
     def part(self, key: str, upload: str, number: int, data: bytearray) -> str:
+        """Send a part. Returns its ETag."""
         more = {"UploadId": upload, "PartNumber": number + 1, "ContentMD5": _md5(data)}
         return str(self._call("upload_part", Key=key, Body=data, **more)["ETag"])
 
     def parts(self, key: str, upload: str) -> dict[int, str] | None:
+        """The parts that were sent, None when the upload is gone."""
         found: dict[int, str] = {}
         more: dict[str, Any] = {"PartNumberMarker": 0}
         while more:
@@ -172,10 +180,12 @@ class S3:
         return found
 
     def complete(self, key: str, upload: str, etags: Sequence[str]) -> None:
+        """Let the object appear."""
         rows = [{"PartNumber": number + 1, "ETag": etag} for number, etag in enumerate(etags)]
         self._call("complete_multipart_upload", Key=key, UploadId=upload, MultipartUpload={"Parts": rows})
 
     def abort(self, key: str, upload: str) -> None:
+        """Give the upload up."""
         try:
             self._call("abort_multipart_upload", Key=key, UploadId=upload)
         except Failed as failure:

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 TRIES = 5
@@ -32,41 +32,54 @@ class Failed(Exception):  # noqa: N818 (it is told apart by its kind)
         self.after = after  # seconds that the store asks to wait
 
 
-class Store(Protocol):
-    """One bucket. Every method raises `Failed`; none retries."""
+class Store:
+    """One bucket, which can be read only unless a method says otherwise. Every method raises `Failed`; none retries."""
 
     url: str  # of the bucket, without a slash at the end
-    resumable: bool  # whether another process can go on with an upload
+    resumable = False  # whether another process can go on with an upload
 
     def list(self, prefix: str, limit: int) -> dict[str, Entry]:
         """Objects whose names begin with `prefix`, at most `limit` or a little more, in order of their names."""
+        raise NotImplementedError
 
     def head(self, key: str) -> Entry | None:
         """One object, None when there is none."""
+        raise NotImplementedError
 
     def read(self, key: str, start: int, stop: int, etag: str) -> bytes:
         """The bytes [start, stop) of this version of an object."""
+        raise NotImplementedError
 
     def put(self, key: str, data: bytes | bytearray, fresh: bool = False) -> str:
         """Write a whole object. fresh: fail with `exists` when there is one. Returns its ETag."""
+        raise self._read_only()
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, those that are there."""
+        raise self._read_only()
 
     def upload(self, key: str) -> str:
         """Begin an object that comes in parts. Returns the id of the upload."""
+        raise self._read_only()
 
     def part(self, key: str, upload: str, number: int, data: bytearray) -> str:
         """One part, numbers from 0. Returns its ETag."""
+        raise self._read_only()
 
     def parts(self, key: str, upload: str) -> dict[int, str] | None:
         """The parts that an upload has, None when there is no such upload any more."""
+        raise self._read_only()
 
     def complete(self, key: str, upload: str, etags: Sequence[str]) -> None:
         """Let the object appear."""
+        raise self._read_only()
 
     def abort(self, key: str, upload: str) -> None:
         """Give an upload up."""
+        raise self._read_only()
+
+    def _read_only(self) -> Failed:
+        return Failed("other", f"{self.url} can be read only")
 
 
 def tried(call: Callable[[], T], stopped: Callable[[], bool] = lambda: False) -> T:

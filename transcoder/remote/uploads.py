@@ -21,7 +21,7 @@ def part_size(size: int) -> int:
     >>> part_size(100 << 30) / MIB
     12.0
     """
-    return max(PART, -(-size // (MOST_PARTS * MIB)) * MIB)
+    return PART if size <= PART * MOST_PARTS else -(-size // (MOST_PARTS * MIB)) * MIB
 
 
 class Upload:

@@ -100,10 +100,10 @@ def destination(
     with leased(partial):
         journal = RemoteJournal(partial)
         try:
-            work = _opened(journal, dst, identity, share, overwrite, resume)
-            if again and journal.replacing:
+            if again and overwrite and _any(dst):
                 message = "a checkpoint that replaces another one cannot be read before it appears"
                 raise UsageError(f"{message}: leave out --verify and --checksums", kind="destination")
+            work = _opened(journal, dst, identity, share, overwrite, resume)
             yield from _guarded(work, journal, identity, list(stale))
         finally:
             journal.close()
