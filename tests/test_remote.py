@@ -13,7 +13,7 @@ from remote_server import Server, serving
 
 import transcoder
 from transcoder import reading
-from transcoder.errors import InputError, OutputError, UsageError
+from transcoder.errors import InputError, OutputError, RemoteError, UsageError
 from transcoder.remote import store, uploads
 
 GRID = {"tp": 2, "pp": 2, "iteration": 0}
@@ -133,7 +133,7 @@ def test_a_busy_store_and_lost_connections_do_no_harm(server: Server, local: dic
 
 def test_a_store_that_stays_busy_is_lost_and_the_run_goes_on_later(server: Server, local: dict[str, Path]) -> None:
     server.gate.fault = lambda method, path, place: "503" if method == "GET" and "00003" in path and place else ""
-    with pytest.raises(OutputError, match="the object store is lost") as caught:
+    with pytest.raises(RemoteError, match="the object store is lost") as caught:
         transcoder.hf2mcore("s3://bucket/hf", "s3://bucket/lost", **GRID)
     assert (caught.value.exit_code, caught.value.kind) == (4, "lost-remote")
     server.quiet()
@@ -213,7 +213,7 @@ def test_urls_that_name_nothing_are_wrong_usage(url: str, tmp_path: Path) -> Non
 
 def test_too_little_memory_for_a_grid_is_told_before_anything_is_sent(server: Server) -> None:
     with pytest.raises(UsageError, match=r"give --memory \d+MiB or more"):
-        transcoder.hf2mcore(EXAMPLE, "s3://bucket/large", tp=4, memory="32MiB")
+        transcoder.hf2mcore(EXAMPLE, "s3://bucket/large", tp=4, memory="48MiB")
     assert server.tree("large") == {}
 
 

@@ -125,8 +125,8 @@ def worker_count(workers: int, memory: int | str) -> int:
 
 
 def _open_files(plan: ImportPlan) -> int:
-    """Files of one pipeline stage, each of which has an unfinished part between two tensors, and some to spare."""
-    return -(-sum(size > 0 for size in plan.placement.sizes.values()) // plan.mesh.pp) + 2
+    """Files of one pipeline stage, each of which has an unfinished part between two tensors."""
+    return -(-sum(size > 0 for size in plan.placement.sizes.values()) // plan.mesh.pp)
 
 
 def importing() -> Kind:

@@ -4,6 +4,7 @@
     ├── UsageError   (ValueError)  2  wrong options
     ├── InputError   (ValueError)  3  the input was refused; nothing is visible at the destination
     ├── OutputError  (OSError)     4  destination or environment: disk full, exists, locked
+    ├── RemoteError                4  an object store is lost, on either side; --resume goes on
     └── DifferenceError            5  a comparison found a difference
 
 An error carries a stable `kind` for machines and any number of `Problem`s, each naming the tensor or file,
@@ -88,6 +89,12 @@ class InputError(TranscoderError, ValueError):
 
 class OutputError(TranscoderError, OSError):
     """The destination or the machine does not allow the work."""
+
+    exit_code = 4
+
+
+class RemoteError(TranscoderError):
+    """An object store does not answer any more. Not an OSError: no reader of a file takes it for a fault of that."""
 
     exit_code = 4
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transcoder.errors import InputError, OutputError, Problem, TranscoderError
+from transcoder.errors import InputError, OutputError, Problem, RemoteError, TranscoderError
 from transcoder.remote.store import Failed
 
 HINTS = {
@@ -29,7 +29,7 @@ def explained(failure: Failed, url: str, writing: bool) -> TranscoderError:
         hint = OTHER_CREDENTIALS.get(scheme, hint)
     problem = Problem(file=url, found=str(failure) or failure.kind, hint=hint)
     if failure.kind == "transient":
-        return OutputError(f"{url}: the object store is lost", kind="lost-remote", problems=[problem])
+        return RemoteError(f"{url}: the object store is lost", kind="lost-remote", problems=[problem])
     if writing:
         return OutputError("the destination cannot be used", kind="destination", problems=[problem])
     if failure.kind == "changed":

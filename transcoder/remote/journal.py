@@ -111,8 +111,7 @@ class RemoteJournal(Journal):
 
     def remove(self) -> None:
         """Delete all segments."""
-        bucket = self._folder.bucket
-        bucket.asked(lambda: bucket.store.delete(self._segments), self._folder.key)
+        self._folder.bucket.remove(self._segments)
         self._segments = []
 
     def close(self) -> None:

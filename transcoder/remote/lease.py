@@ -31,7 +31,7 @@ def leased(folder: RemotePath) -> Iterator[None]:
         yield
     finally:
         with suppress(TranscoderError):
-            folder.bucket.asked(lambda: store.delete([lock.key]), lock.key)
+            folder.bucket.asked(lambda: store.delete(lock.key), lock.key)
 
 
 def _take_over(lock: RemotePath, text: str) -> None:
@@ -49,7 +49,7 @@ def _take_over(lock: RemotePath, text: str) -> None:
         hint = f"wait for it to end; if it runs no more, delete {lock}"
         problem = Problem(file=str(lock.parent), found=found, hint=hint)
         raise OutputError("the destination is being written by another run", kind="locked", problems=[problem])
-    lock.bucket.asked(lambda: store.delete([lock.key]), lock.key)
+    lock.bucket.asked(lambda: store.delete(lock.key), lock.key)
     try:
         tried(lambda: store.put(lock.key, text.encode(), fresh=True))
     except Failed as failure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from threading import Lock
 from typing import Any, TypeVar
@@ -92,13 +92,12 @@ class Objects(Store):
         found = _told(lambda: obstore.put(self._store, key, bytes(data), mode=mode, use_multipart=False))
         return str(found["e_tag"])
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects."""
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
         import obstore
 
-        for key in keys:
-            if self.head(key):
-                _told(lambda key=key: obstore.delete(self._store, key))  # type: ignore[misc]
+        if self.head(key):
+            _told(lambda: obstore.delete(self._store, key))
 
     def upload(self, key: str) -> str:
         """Begin an object that comes in parts."""

@@ -176,7 +176,7 @@ class Outbox:
     def publish(self, stale: Iterable[str]) -> None:
         """Let everything appear, the commit last; then objects of an older checkpoint go that were not replaced."""
         if self.replacing:
-            self._delete(key for key in self._old() if self._turn(key) in (INDEX, COMMIT))
+            self._root.bucket.remove(key for key in self._old() if self._turn(key) in (INDEX, COMMIT))
         uploads = sorted(self._uploads.values(), key=lambda upload: self._turn(upload.key))
         for upload in (upload for upload in uploads if self._turn(upload.key) == FIRST):
             self._complete(upload)
@@ -186,7 +186,7 @@ class Outbox:
             for upload in (upload for upload in uploads if self._turn(upload.key) == turn):
                 self._complete(upload)
         names = {f"{self._root.key}/{name}" for name in stale} if self.replacing else set()
-        self._delete((self._old() | names) - self.whole.keys())
+        self._root.bucket.remove((self._old() | names) - self.whole.keys())
         self.held.clear()
 
     def _old(self) -> set[str]:
@@ -198,17 +198,13 @@ class Outbox:
         below = {key: key[len(root) :].partition("/") for key in listed}
         return {key for key, (folder, slash, _) in below.items() if key in wanted or (slash and folder in folders)}
 
-    def _delete(self, keys: Iterable[str]) -> None:
-        for key in sorted(keys):
-            self._asked(lambda key=key: self.store.delete([key]), key)  # type: ignore[misc]
-
     def give_up(self) -> None:
         """Abort every upload, and remove what appeared of a checkpoint that is none."""
         for upload in self._uploads.values():
             if upload.id and upload.key not in self.whole:
                 self._asked(lambda upload=upload: self.store.abort(upload.key, upload.id), upload.key)  # type: ignore[misc]
         if not self.replacing:
-            self._delete(self.whole)
+            self._root.bucket.remove(self.whole)
 
     def _asked(self, call: Callable[[], T], key: str) -> T:
         return self._root.bucket.asked(call, key)

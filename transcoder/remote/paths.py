@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -78,6 +78,11 @@ class Bucket:
         if etag == HELD and self.outbox is not None:
             return self.outbox.held[key][start:stop]
         return self.asked(once, key)
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Delete objects, those that are there. Raises OutputError."""
+        for _ in self.pool.map(lambda key: self.asked(lambda: self.store.delete(key), key), sorted(keys)):
+            pass
 
     def path(self, url: str) -> Path:
         """The object of this URL, which is one of this store's."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -78,6 +78,8 @@ def _failures() -> Iterator[None]:
         raise Failed("transient", str(error)) from error
     except (known.HTTPClientError, known.ConnectionError, known.ResponseStreamingError) as error:
         raise Failed("transient", f"the connection was lost ({type(error).__name__})") from error
+    except OSError as error:
+        raise Failed("transient", f"the connection was lost ({type(error).__name__})") from error
     except known.BotoCoreError as error:
         raise Failed("other", str(error)) from error
 
@@ -131,8 +133,8 @@ class S3(Store):
         with _failures():
             place = {"Bucket": self._bucket, "Key": key}
             found = self._client.get_object(**place, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)
-            with found["Body"] as body:
-                if found["ResponseMetadata"]["HTTPStatusCode"] != 206 and found["ContentLength"] != stop - start:
+            with closing(found["Body"]) as body:
+                if found["ContentLength"] != stop - start:
                     raise Failed("transient", f"{found['ContentLength']} bytes came for a range of {stop - start}")
                 data: bytes = body.read()
         if found["ETag"] != etag:
@@ -150,10 +152,9 @@ class S3(Store):
             raise
         return str(found["ETag"])
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects."""
-        for key in keys:
-            self._call("delete_object", Key=key)
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        self._call("delete_object", Key=key)
 
     def upload(self, key: str) -> str:
         """Begin an object that comes in parts."""

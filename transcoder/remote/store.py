@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -54,8 +54,8 @@ class Store:
         """Write a whole object. fresh: fail with `exists` when there is one. Returns its ETag."""
         raise self._read_only()
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects, those that are there."""
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
         raise self._read_only()
 
     def upload(self, key: str) -> str:

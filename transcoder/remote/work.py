@@ -40,6 +40,7 @@ class RemoteWork(Work):
 
 
 WORKER = 16 << 20  # bytes of the buffers of a worker
+SPARE = 4  # parts beyond: of those that are open only the bytes that have come take memory, half of them on average
 
 
 def share(files: Callable[[int], int], workers: int, memory: int) -> tuple[int, int]:
@@ -49,7 +50,7 @@ def share(files: Callable[[int], int], workers: int, memory: int) -> tuple[int, 
     """
     for count in range(workers, 0, -1):
         if count * WORKER + files(count) * PART <= memory:
-            return count, memory - count * WORKER
+            return count, memory - count * WORKER + SPARE * PART
     least = (WORKER + files(1) * PART >> 20) + 1
     message = f"{files(1)} objects are written at a time, with a part of 5 MiB each: give --memory {least}MiB or more"
     raise UsageError(message, kind="memory")
@@ -141,7 +142,7 @@ def _abort(journal: RemoteJournal, dst: RemotePath) -> None:
             bucket.asked(lambda k=key, u=upload: store.abort(k, u), key)  # type: ignore[misc]
     if journal.identity is not None and not journal.replacing:
         listed = bucket.asked(lambda: store.list(f"{dst.key}/", 1 << 30), dst.key)
-        bucket.asked(lambda: store.delete(listed), dst.key)
+        bucket.remove(listed)
 
 
 def _guarded(
@@ -152,7 +153,6 @@ def _guarded(
         yield work
         check_unchanged(identity)
         work.outbox.publish(stale)
-        journal.remove()
     except BaseException as error:
         keep = work.outbox.store.resumable and worth_keeping(work, error)
         with suppress(TranscoderError):
@@ -163,6 +163,8 @@ def _guarded(
                 journal.remove()
         _explain(work, error, keep, identity)
         raise
+    with suppress(TranscoderError):  # the next run finds everything done
+        journal.remove()
 
 
 def _explain(work: Work, error: BaseException, keep: bool, identity: Mapping[str, Any]) -> None:
