@@ -69,14 +69,6 @@ def test_one_side_in_a_bucket_gives_the_same_bytes(server: Server, local: dict[s
     assert tree(tmp_path / "hf") == tree(EXAMPLE)
 
 
-def test_a_store_of_the_process_itself_and_of_google_do(server: Server, local: dict[str, Path], tmp_path: Path) -> None:
-    transcoder.hf2mcore(EXAMPLE, "memory://one/mcore", verify=True, **GRID)
-    transcoder.mcore2hf("memory://one/mcore", "memory://two/hf")
-    assert reading.verify(local["mcore"], "memory://one/mcore")["differences"] == []
-    transcoder.mcore2hf("memory://one/mcore", tmp_path / "hf")
-    assert tree(tmp_path / "hf") == tree(EXAMPLE)
-
-
 @pytest.mark.parametrize("command", ["hf2mcore", "mcore2hf", "reshard"])
 def test_every_byte_of_the_source_is_fetched_once(
     server: Server, local: dict[str, Path], tmp_path: Path, command: str

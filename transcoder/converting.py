@@ -70,6 +70,8 @@ def convert(kind: Kind, src: PathLike, dst: PathLike, how: How, options: dict[st
     with _destination(kind, plan, source, target, who, how, hands) as work:
         if not work.finished:
             work.tally = Tally(kind.model(plan), kind.total(plan), how.progress)
+            for there in filter(None, (remote(source), remote(target))):
+                there.bucket.stop = work.tally.stop
             work.warnings = kind.run(plan, work, workers=work.hands or hands, tally=work.tally, checksums=how.checksums)
             if how.verify:
                 kind.verify(plan, work.out)

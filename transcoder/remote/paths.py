@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from threading import Event
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -38,6 +39,7 @@ class Bucket:
     def __init__(self, store: Store, writing: bool = False) -> None:
         self.store, self.writing = store, writing
         self.outbox: Outbox | None = None
+        self.stop = Event()  # set when nothing is worth waiting for any more
         self._listed: dict[str, dict[str, Entry]] = {}
 
     @cached_property
@@ -48,7 +50,7 @@ class Bucket:
     def asked(self, call: Callable[[], T], key: str) -> T:
         """What `call` returns, tried a few times. Raises InputError or OutputError naming the object."""
         try:
-            return tried(call)
+            return tried(call, self.stop)
         except Failed as failure:
             raise explained(failure, f"{self.store.url}/{key}", self.writing) from failure
 

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -82,11 +83,12 @@ class Store:
         return Failed("other", f"{self.url} can be read only")
 
 
-def tried(call: Callable[[], T], stopped: Callable[[], bool] = lambda: False) -> T:
+def tried(call: Callable[[], T], stop: Event | None = None) -> T:
     """What `call` returns; asked again, a few times and later and later, while failures are of the passing kind.
 
-    Raises Failed.
+    stop: ends the waiting. Raises Failed.
     """
+    stop = stop or Event()
     began, pause = time.monotonic(), FIRST_PAUSE
     for left in reversed(range(TRIES)):
         try:
@@ -94,8 +96,7 @@ def tried(call: Callable[[], T], stopped: Callable[[], bool] = lambda: False) ->
         except Failed as failure:
             wait = max(failure.after, pause * random.uniform(0.5, 1.0))
             late = time.monotonic() - began + wait > TOTAL_SECONDS
-            if failure.kind != "transient" or not left or late or stopped():
+            if failure.kind != "transient" or not left or late or stop.wait(wait):
                 raise
-            time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
     raise AssertionError("unreachable")
