@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from transcoder.atlas import Atlas
 from transcoder.codecs import Codec
-from transcoder.disk import PIECE
 from transcoder.errors import refuse
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.kernels import strided
@@ -27,7 +26,7 @@ from transcoder.kernels.casts import add, cast
 from transcoder.mapped import ready
 from transcoder.moves import Copy, Run, runs
 from transcoder.paths import Extent, extent
-from transcoder.planner import Filler, HfTensor
+from transcoder.planner import HfTensor
 from transcoder.progress import Cancelled
 from transcoder.remote.files import RemoteFile
 from transcoder.spec import Chunk, DType, TensorSpec
@@ -192,37 +191,6 @@ def received(tensor: HfTensor, band: Array, dtype: DType, kept: Array | None) ->
         return band
     values = add(band, dtype.name, -plus)
     return values if kept is None else np.where(sent(tensor, kept, dtype) == band, kept, values)
-
-
-def fill(atlas: Atlas, filler: Filler, dtype: DType, sink: Sink) -> None:
-    """Write zeros where no Hugging Face tensor supplies elements."""
-    for chunk, start, size in filler_ranges(atlas, filler, dtype):
-        sink(filler.key, chunk, start, zeros(size))
-
-
-_ZEROS = memoryview(bytes(PIECE))
-
-
-def zeros(size: int) -> memoryview:
-    """That many zeros, at most a piece."""
-    return _ZEROS[:size]
-
-
-def holds_values(atlas: Atlas, filler: Filler, dtype: DType, fetch: Fetch) -> bool:
-    """Whether filler holds something other than zeros; all of it is read."""
-    found = False
-    for chunk, start, size in filler_ranges(atlas, filler, dtype):
-        found |= bool(np.any(np.frombuffer(fetch(filler.key, chunk, start, size), np.uint8)))
-    return found
-
-
-def filler_ranges(atlas: Atlas, filler: Filler, dtype: DType) -> Iterator[tuple[Chunk, int, int]]:
-    """Chunk, first payload byte and count, at most a piece each."""
-    for chunk, copy in atlas.fillers(filler):
-        for run in runs(copy):
-            first, nbytes = run.chunk * dtype.size, run.count * dtype.size
-            for begin in range(0, nbytes, PIECE):
-                yield chunk, first + begin, min(PIECE, nbytes - begin)
 
 
 def converted(band: Array, source: DType, target: DType) -> Array:

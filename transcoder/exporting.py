@@ -176,7 +176,7 @@ def check_digest(plan: ExportPlan, name: str, found: str) -> None:
 
 def check_filler(source: Megatron, fetch: Fetch) -> list[str]:
     """Warn of padding rows that are not zero; refuse a bias that Hugging Face cannot hold and that is not zero."""
-    from transcoder.engine import holds_values
+    from transcoder.fillers import holds_values
 
     padded: set[str] = set()
     problems = []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from itertools import product as combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,11 @@ from transcoder.dialects import DIALECTS
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.safetensors import INDEX_NAME
-from transcoder.formats.torch_dist_writer import SETS, Placement, TorchDistWriter, Wanted, place
+from transcoder.formats.torch_dist_writer import Placement, TorchDistWriter, Wanted, place
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.mesh import Mesh
 from transcoder.notation import LayoutError
-from transcoder.planner import HfTensor, McoreTensor, Model, build_model
+from transcoder.planner import McoreTensor, Model, build_model
 from transcoder.progress import Tally
 from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
@@ -30,9 +29,6 @@ from transcoder.spec import DTYPES, DType
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
-    from transcoder.engine import Payloads, Sink
-    from transcoder.ledger import Ledger, Track
-    from transcoder.ordered import Mover
     from transcoder.work import Work
 
 
@@ -201,6 +197,7 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
     from transcoder.kept import NAME as KEPT
     from transcoder.kept import write_kept
     from transcoder.ledger import Ledger
+    from transcoder.movers import stream_import
 
     folder = work.out / plan.folder
     work.begin({f"{plan.folder}/{name}": size for name, size in plan.placement.sizes.items()})
@@ -218,149 +215,3 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
         writer.close()
     write_side_files(plan, work.out, digests, crcs, work.sync, workers if checksums else 0)
     return warnings
-
-
-def stream_import(
-    plan: ImportPlan, sink: Sink, workers: int, tally: Tally, ledger: Ledger | None = None, ordered: bool = False
-) -> dict[str, str]:
-    """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype.
-
-    ordered: by the places in the target, as object stores need it.
-    """
-    from transcoder.engine import Payloads
-
-    payloads = Payloads(plan.source)
-    catalog, digests = plan.source.weights.catalog, dict[str, str]()
-
-    def mover(tensor: HfTensor) -> Mover:
-        return ImportMover(plan, tensor, payloads, sink, tally, ledger, digests)
-
-    order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
-    tensors = sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name])
-    run = run_places if ordered else run_sets
-    run(plan, tensors, mover, sink, workers, tally, ledger)
-    check_aliases(plan.model, digests)
-    return digests
-
-
-def run_sets(
-    plan: ImportPlan,
-    tensors: Iterable[HfTensor],
-    mover: Callable[[HfTensor], Mover],
-    sink: Sink,
-    workers: int,
-    tally: Tally,
-    ledger: Ledger | None = None,
-) -> None:
-    """Move every tensor, in this order within each of the file sets, then write what no tensor supplies."""
-    from transcoder.engine import fill, run_groups
-    from transcoder.ordered import move_all
-
-    groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
-    for tensor in tensors:
-        groups[plan.placement.sets[tensor.key]].append(lambda tensor=tensor: move_all(mover(tensor)))  # type: ignore[misc]
-    for family, filler in plan.model.fillers():
-        job = partial(fill, plan.atlas, filler, family.dtype(plan.dtype), sink)
-        groups[plan.placement.sets[filler.key]].append(job)
-    run_groups(groups, workers, tally.stop)
-
-
-def run_places(
-    plan: ImportPlan,
-    tensors: Iterable[HfTensor],
-    mover: Callable[[HfTensor], Mover],
-    sink: Sink,
-    workers: int,
-    tally: Tally,
-    ledger: Ledger | None = None,
-) -> None:
-    """The same, band by band in the order of the places where they go, and so are the places without a tensor."""
-    from transcoder.engine import filler_ranges, zeros
-    from transcoder.ordered import Job, Place, Sequence, move_all, run_ordered
-
-    sequence = Sequence(plan.atlas.catalog, getattr(plan.placement, "items", ()))
-    found, jobs, others = list(tensors), list[Job](), list[tuple[Place, Callable[[], object]]]()
-    for number, tensor in enumerate(found):
-        ranges = mover(tensor).ranges
-        jobs += [(place, number, i) for i, place in enumerate(sequence.of(plan.atlas, tensor, ranges))]
-        if not ranges:
-            others.append(((0, 0), partial(move_all, mover(tensor))))
-    for family, filler in plan.model.fillers():
-        dtype = family.dtype(plan.dtype)
-        for chunk, start, size in filler_ranges(plan.atlas, filler, dtype):
-            place = sequence.at(filler.key, chunk.box, start // dtype.size)
-            others.append((place, partial(sink, filler.key, chunk, start, zeros(size))))
-    attend = ledger.attend if ledger else lambda name: None
-    names = [tensor.name for tensor in found]
-    run_ordered(jobs, lambda number: mover(found[number]), others, workers, tally, attend, names)
-
-
-class ImportMover:
-    """Sends one tensor to its chunks, range after range; its digest is noted at the end."""
-
-    def __init__(
-        self,
-        plan: ImportPlan,
-        tensor: HfTensor,
-        payloads: Payloads,
-        sink: Sink,
-        tally: Tally,
-        ledger: Ledger | None,
-        digests: dict[str, str],
-    ) -> None:
-        from transcoder.turned import strokes
-
-        self._plan, self._tensor, self._payloads, self._sink, self._tally = plan, tensor, payloads, sink, tally
-        self._ledger, self._digests = ledger, digests
-        self._stored, self._target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
-        self.ranges = list(payloads.bands(tensor.name))
-        if self._stored == self._target and tensor.name not in payloads.weights.codecs:
-            self.ranges = strokes(plan.atlas, tensor, self.ranges)  # in place: a longer range needs no memory
-
-    @cached_property
-    def _track(self) -> Track:
-        from transcoder.ledger import Track
-
-        return Track(self._ledger, self._tensor.name, self._tensor.shape, self._target)
-
-    def ahead(self, number: int) -> None:
-        """Begin to fetch a range, if it is to be moved."""
-        start, stop = self.ranges[number]
-        if stop > self._track.stop:
-            self._payloads.ahead(self._tensor.name, start, stop)
-
-    def step(self, number: int) -> None:
-        """Move a range that no earlier run has moved."""
-        from transcoder.engine import converted, scatter, sent
-        from transcoder.kernels.casts import finite
-
-        (start, stop), tensor, track = self.ranges[number], self._tensor, self._track
-        if stop > track.stop:
-            values = self._payloads.read(tensor.name, start, stop)
-            track.count("odd", not finite(values, self._stored.name))
-            band = converted(values, self._stored, self._target)
-            track.tree.add(band)
-            if not tensor.family.rule.alias:
-                noted = track.noting(self._sink)
-                scatter(self._plan.atlas, tensor, start, sent(tensor, band, self._target), noted)
-            track.reach(stop)
-        self._tally.moved(self._payloads.weigh(tensor.name, start, stop))
-
-    def finish(self) -> None:
-        """Note the digest."""
-        self._tally.finished(self._tensor, odd=bool(self._track.counts.get("odd")))
-        self._digests[self._tensor.name] = self._track.tree.text()
-
-
-def check_aliases(model: Model, digests: Mapping[str, str]) -> None:
-    """Refuse copies of a tensor that are not equal to it. Raises InputError naming each."""
-    originals = {tensor.key: tensor.name for tensor in model.hf.values() if not tensor.family.rule.alias}
-    pairs = [(name, originals[t.key], t.family.rule) for name, t in model.hf.items() if t.family.rule.alias]
-    problems = [
-        Problem(tensor=name, rule=rule.label, expected=f"the same values as {original}", found="other values")
-        for name, original, rule in pairs
-        if digests[name] != digests[original]
-    ]
-    if problems:
-        hint = "Megatron has one tensor for both"
-        raise refuse("alias", f"{len(problems)} tensors differ from those that they repeat: {hint}", problems)

@@ -17,7 +17,7 @@ from transcoder.errors import UsageError
 from transcoder.exportplan import files_below
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.torch_dist_writer import TorchDistWriter, place
-from transcoder.importing import ImportPlan, check_layout, run_places, run_sets, wanted_chunks
+from transcoder.importing import ImportPlan, check_layout, wanted_chunks
 from transcoder.linking import known_digests, link_files, linked_placement
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.mesh import Mesh
@@ -166,6 +166,7 @@ def _stream(
     from transcoder.exporting import check_filler
     from transcoder.kept import Kept
     from transcoder.ledger import READ, Ledger
+    from transcoder.movers import run_places, run_sets
     from transcoder.paths import extent
 
     source, target, digests = plan.source, plan.target, dict[str, str]()
