@@ -17,7 +17,7 @@ from transcoder.formats.huggingface import open_hf
 from transcoder.formats.torch_dist import TorchDist, open_torch_dist
 from transcoder.iterations import current_rows, find_iteration, notes
 from transcoder.original import kept_headers, kept_index
-from transcoder.paths import Extent, extent
+from transcoder.paths import Extent, extent, passing
 from transcoder.progress import Listener, Progress
 from transcoder.spec import Chunk
 
@@ -134,6 +134,6 @@ def _sampled(key: str, chunk: Chunk, sample: float) -> bool:
 
 
 def _crc(view: Extent, start: int, stop: int, value: int = 0) -> int:
-    for first in range(start, stop, PIECE):
-        value = crc32(view[first : min(first + PIECE, stop)], value)
+    for piece in passing(view, start, stop, PIECE):
+        value = crc32(piece, value)
     return value

@@ -48,9 +48,11 @@ def write_kept(plan: ImportPlan, path: Path, sync: bool) -> list[str]:
         write_all(file, memoryview(header), 0)
         place = len(header)
         for part in parts:
-            data = payloads.stored(part, 0, part.nbytes // part.dtype.size).data.cast("B")
-            write_all(file, data, place)
-            place += len(data)
+            count, step = part.nbytes // part.dtype.size, PIECE // part.dtype.size
+            for start in range(0, count, step):
+                data = payloads.stored(part, start, min(start + step, count)).data.cast("B")
+                write_all(file, data, place)
+                place += len(data)
         if sync:
             make_durable(file)
     finally:

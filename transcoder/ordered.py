@@ -93,6 +93,7 @@ def run_ordered(
                 return
             _, tensor, number = job
             if tensor < 0:
+                attend("")
                 others[number][1]()
             else:
                 turns.move(tensor, number, lambda: attend(names[tensor]))  # noqa: B023 (called at once)

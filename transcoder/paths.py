@@ -9,10 +9,12 @@ import mmap
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from transcoder.errors import Problem, reason, refuse
+from transcoder.remote.files import RemoteFile
 from transcoder.remote.paths import remote
 
 SHARED_STORE = ".huggingface-shared-blobs"  # the file that marks the blob store of all repositories of a hub cache
@@ -92,6 +94,13 @@ def extent(path: Path, follow_links: bool = False, root: Path | None = None) -> 
     """A file's bytes, to be read range by range. Raises InputError."""
     there = remote(path)
     return there.open() if there else map_file(path, follow_links, root)
+
+
+def passing(view: Extent, start: int, stop: int, step: int) -> Iterator[memoryview]:
+    """The bytes [start, stop) in pieces, of `step` bytes where they lie in memory."""
+    if isinstance(view, RemoteFile):
+        return view.passing(start, stop)
+    return (view[first : min(first + step, stop)] for first in range(start, stop, step))
 
 
 def map_file(path: Path, follow_links: bool = False, root: Path | None = None) -> memoryview:

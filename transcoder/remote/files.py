@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transcoder.remote.paths import RemotePath
 
 PIECE = 8 << 20  # bytes of one request
+STEP, DEPTH = 4 << 20, 4  # bytes of a piece of what is read from one end to the other, and pieces on their way
 
 
 class RemoteFile:
@@ -39,6 +40,13 @@ class RemoteFile:
             with self._lock:
                 if place not in self._coming:
                     self._coming[place] = self.path.bucket.pool.submit(self._fetched, *place)
+
+    def passing(self, start: int, stop: int) -> Iterator[memoryview]:
+        """The bytes [start, stop) in pieces, a few of them on their way at a time."""
+        places = [(first, min(first + STEP, stop)) for first in range(start, stop, STEP)]
+        for number, (first, last) in enumerate(places):
+            self.ahead(places[number : number + DEPTH])
+            yield self[first:last]
 
     def _fetched(self, start: int, stop: int) -> memoryview:
         if stop <= start:

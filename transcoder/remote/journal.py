@@ -46,23 +46,24 @@ class RemoteJournal(Journal):
         self.uploads = {row["upload"]: row["id"] for row in rows if "upload" in row}
         self.completing = {row["completing"] for row in rows if "completing" in row}
         self.wholes = {row["whole"] for row in rows if "whole" in row}
+        self.puts = {row["put"] for row in rows if "put" in row}
         self.replacing = any(row.get("replacing") for row in rows)
 
     def start(self, identity: dict[str, Any]) -> None:
         """Forget everything and begin a run."""
         self.remove()
         self.replacing = False
-        self.uploads, self.completing, self.wholes = {}, set(), set()
+        self.uploads, self.completing, self.wholes, self.puts = {}, set(), set(), set()
         self._shipped = 0
         super().start(identity)
         self.ship()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a record; a mark waits for the parts that the thread wrote into, and for the tensor's marks before it."""
-        if "tensor" not in row or self.outbox is None:
-            super().append(row)
-            return
         with self._ship_lock:
+            if "tensor" not in row or self.outbox is None:
+                super().append(row)
+                return
             waits = self.outbox.touched()
             self._waiting.setdefault(row["tensor"], deque()).append((row, waits))
             self._settle([row["tensor"]])
@@ -98,7 +99,9 @@ class RemoteJournal(Journal):
         """Send what has come since as a segment."""
         with self._ship_lock:
             super().append({"sync": self.marks})
-            data = self.path.read_bytes()[self._shipped :]
+            with self.path.open("rb") as file:
+                file.seek(self._shipped)
+                data = file.read()
             key = f"{self._folder.key}/{len(self._segments):06d}"
             bucket = self._folder.bucket
             bucket.asked(lambda: bucket.store.put(key, data), key)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from transcoder.errors import OutputError, Problem
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from transcoder.iterations import TRACKERS
-from transcoder.remote.store import Entry, Store
+from transcoder.remote.store import Entry, Failed, Store
 from transcoder.remote.uploads import Upload
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Outbox:
             self._put(key, bytes(data))
 
     def _put(self, key: str, data: bytes) -> None:
+        self._journal.append({"put": key})
         etag = self._asked(lambda: self.store.put(key, data), key)
         self.whole[key] = Entry(len(data), etag)
         self._root.bucket.forget()
@@ -160,13 +161,12 @@ class Outbox:
         if upload.key in self.whole:
             return
         if upload.count:
-            etags = [upload.etags[number] for number in range(upload.count)]
             self._journal.append({"completing": upload.key})
             self._journal.ship()
-            self._asked(lambda: self.store.complete(upload.key, upload.id, etags), upload.key)
+            self._asked(_Completing(self.store, upload), upload.key)
         else:
-            self.store.abort(upload.key, upload.id)
-            self._put(upload.key, b"")
+            self._asked(lambda: self.store.abort(upload.key, upload.id), upload.key)
+            self._asked(lambda: self.store.put(upload.key, b""), upload.key)
         found = self._asked(lambda: self.store.head(upload.key), upload.key)
         self.whole[upload.key] = found or Entry(upload.size, "")
         self._root.bucket.forget()
@@ -175,8 +175,8 @@ class Outbox:
 
     def publish(self, stale: Iterable[str]) -> None:
         """Let everything appear, the commit last; then objects of an older checkpoint go that were not replaced."""
-        if self.replacing:
-            self._root.bucket.remove(key for key in self._old() if self._turn(key) in (INDEX, COMMIT))
+        names = {f"{self._root.key}/{name}" for name in stale} if self.replacing else set()
+        self._root.bucket.remove(key for key in self._old() | names if self._turn(key) in (INDEX, COMMIT))
         uploads = sorted(self._uploads.values(), key=lambda upload: self._turn(upload.key))
         for upload in (upload for upload in uploads if self._turn(upload.key) == FIRST):
             self._complete(upload)
@@ -185,7 +185,6 @@ class Outbox:
                 self._put(key, self.held[key])
             for upload in (upload for upload in uploads if self._turn(upload.key) == turn):
                 self._complete(upload)
-        names = {f"{self._root.key}/{name}" for name in stale} if self.replacing else set()
         self._root.bucket.remove((self._old() | names) - self.whole.keys())
         self.held.clear()
 
@@ -208,3 +207,19 @@ class Outbox:
 
     def _asked(self, call: Callable[[], T], key: str) -> T:
         return self._root.bucket.asked(call, key)
+
+
+class _Completing:
+    """Completes an upload; asked again after an answer was lost, it may find that done."""
+
+    def __init__(self, store: Store, upload: Upload) -> None:
+        self._store, self._upload, self._asked = store, upload, False
+
+    def __call__(self) -> None:
+        upload, again, self._asked = self._upload, self._asked, True
+        try:
+            self._store.complete(upload.key, upload.id, [upload.etags[number] for number in range(upload.count)])
+        except Failed as failure:
+            found = self._store.head(upload.key) if again and failure.kind == "missing" else None
+            if found is None or found.size != upload.size:
+                raise

@@ -77,11 +77,3 @@ class Upload:
             full = self.full
         self._outbox.give(len(part))
         self._outbox.sent(self, number, full)
-
-    def drop(self) -> None:
-        """Forget what has not been sent."""
-        with self._lock:
-            for part in self._open.values():
-                self._outbox.give(len(part))
-            self._open.clear()
-            self._filled.clear()

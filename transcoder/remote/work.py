@@ -17,7 +17,7 @@ from transcoder.publishing import refused
 from transcoder.remote.journal import RemoteJournal
 from transcoder.remote.lease import leased
 from transcoder.remote.outbox import Outbox
-from transcoder.remote.paths import RemotePath, as_path, remote
+from transcoder.remote.paths import Bucket, RemotePath, as_path, remote
 from transcoder.remote.uploads import PART
 from transcoder.work import Work, worth_keeping
 
@@ -101,7 +101,7 @@ def destination(
     with leased(partial):
         journal = RemoteJournal(partial)
         try:
-            if again and overwrite and _any(dst):
+            if again and (journal.replacing if resume else overwrite and _any(dst)):
                 message = "a checkpoint that replaces another one cannot be read before it appears"
                 raise UsageError(f"{message}: leave out --verify and --checksums", kind="destination")
             work = _opened(journal, dst, identity, share, overwrite, resume)
@@ -122,7 +122,7 @@ def _opened(
         check_same(journal.identity, identity)
         replacing = journal.replacing
     else:
-        _abort(journal, dst)
+        _abort(journal, dst.bucket)
         replacing = _any(dst)
         if replacing and not overwrite:
             raise refused(as_path(dst), "exists and is not empty", "choose another destination, or give --overwrite")
@@ -134,15 +134,14 @@ def _opened(
     return RemoteWork(as_path(dst), as_path(dst), journal, False, hands=share[0], outbox=outbox)
 
 
-def _abort(journal: RemoteJournal, dst: RemotePath) -> None:
+def _abort(journal: RemoteJournal, bucket: Bucket) -> None:
     """Drop what an earlier run has sent: its uploads, and what appeared of a checkpoint that is none."""
-    store, bucket = dst.bucket.store, dst.bucket
+    store = bucket.store
     for key, upload in journal.uploads.items():
         if key not in journal.wholes:
             bucket.asked(lambda k=key, u=upload: store.abort(k, u), key)  # type: ignore[misc]
-    if journal.identity is not None and not journal.replacing:
-        listed = bucket.asked(lambda: store.list(f"{dst.key}/", 1 << 30), dst.key)
-        bucket.remove(listed)
+    if not journal.replacing:
+        bucket.remove({*journal.uploads, *journal.puts})
 
 
 def _guarded(
