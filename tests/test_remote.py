@@ -213,3 +213,13 @@ def test_a_missing_prefix_is_not_found(server: Server, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such directory") as caught:
         transcoder.hf2mcore("s3://bucket/nothing-here", tmp_path / "x")
     assert caught.value.exit_code == 3
+
+
+def test_what_stores_cannot_do_is_wrong_usage(server: Server, local: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no links"):
+        transcoder.reshard(local["mcore"], "s3://bucket/linked", link=True)
+    with pytest.raises(UsageError, match="writes to a directory"):
+        transcoder.roundtrip(EXAMPLE, "s3://bucket/round")
+    with pytest.raises(UsageError, match="lie inside one another"):
+        transcoder.hf2mcore("s3://bucket/hf", "s3://bucket/hf/inside")
+    assert transcoder.roundtrip("s3://bucket/hf")["tensors"] == 39

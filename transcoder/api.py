@@ -13,6 +13,7 @@ from transcoder.places import place as as_place
 from transcoder.planning import plan_hf2mcore, plan_mcore2hf
 from transcoder.progress import Listener, Tally
 from transcoder.reading import verify
+from transcoder.remote.paths import remote
 
 if TYPE_CHECKING:
     from transcoder.description import Plan
@@ -132,6 +133,8 @@ def roundtrip(
     hands = worker_count(workers, memory)
     source = as_place(src)
     place = as_place(dst) / source.resolve().name if dst else None
+    if remote(place):
+        raise UsageError("a round trip writes to a directory; its source may be a URL", kind="destination")
     for path in (place, megatron_save_path):
         if path:
             check_free(as_place(path), source, overwrite)

@@ -64,6 +64,8 @@ def convert(kind: Kind, src: PathLike, dst: PathLike, how: How, options: dict[st
     started, source, target = time.monotonic(), place(src), place(dst, writing=True)
     hands = worker_count(how.workers, how.memory)
     check_kind(how.checksums)
+    if options.get("link") and (remote(source) or remote(target)):
+        raise UsageError("--link: object stores have no links", kind="link")
     check_destination(target, source, how.overwrite or how.resume)
     plan = kind.planner(source, **options)
     who = kind.identity(plan, _all_options(kind.planner, source, options) | {"checksums": how.checksums})

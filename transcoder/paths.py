@@ -18,6 +18,7 @@ from transcoder.remote.files import RemoteFile
 from transcoder.remote.paths import remote
 
 SHARED_STORE = ".huggingface-shared-blobs"  # the file that marks the blob store of all repositories of a hub cache
+WHOLE = 1 << 30  # bytes of an object that is fetched as one
 LEADS_OUT = "a link that leads outside the model's directory"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -106,7 +107,10 @@ def passing(view: Extent, start: int, stop: int, step: int) -> Iterator[memoryvi
 def map_file(path: Path, follow_links: bool = False, root: Path | None = None) -> memoryview:
     """A file's bytes, mapped read-only, an object's fetched; an empty file gives an empty view. Raises InputError."""
     if there := remote(path):
-        return there.open()[:]
+        if len(whole := there.open()) > WHOLE:
+            problem = Problem(file=str(path), expected=f"at most {WHOLE} bytes", found=str(len(whole)))
+            raise refuse("file", "this file is too large to be held in memory: copy it to a disk", [problem])
+        return whole[:]
     try:
         with open_regular(path, follow_links, root) as file:
             size = os.fstat(file.fileno()).st_size
