@@ -223,3 +223,10 @@ def test_what_stores_cannot_do_is_wrong_usage(server: Server, local: dict[str, P
     with pytest.raises(UsageError, match="lie inside one another"):
         transcoder.hf2mcore("s3://bucket/hf", "s3://bucket/hf/inside")
     assert transcoder.roundtrip("s3://bucket/hf")["tensors"] == 39
+
+
+def test_a_checkpoint_without_its_commit_is_no_checkpoint(server: Server, local: dict[str, Path]) -> None:
+    url = server.put(local["mcore"], "uncommitted")
+    server.client.delete_object(Bucket="bucket", Key="uncommitted/iter_0000000/metadata.json")
+    with pytest.raises(InputError, match="has not ended"):
+        reading.inspect(url)

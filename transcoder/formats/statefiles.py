@@ -13,6 +13,7 @@ from transcoder.formats.pickled import brief
 from transcoder.formats.pickles import Pairs, Record
 from transcoder.hfconfig import read_json
 from transcoder.paths import map_file
+from transcoder.remote.paths import remote
 
 BACKENDS: dict[str, object] = {
     "sharded_backend": "torch_dist",
@@ -25,6 +26,8 @@ BACKENDS: dict[str, object] = {
 def backend_notes(path: Path) -> Iterator[str]:
     """Refuse a metadata.json of another format; megatron-core itself needs the file."""
     if not there(path / "metadata.json"):
+        if remote(path):  # where it is written last
+            raise refuse("unfinished", f"{path} has no metadata.json: the run that wrote it has not ended")
         yield "there is no metadata.json: megatron-core will not load this checkpoint"
         return
     table = read_json(path / "metadata.json", 1 << 20)
