@@ -181,7 +181,7 @@ def test_what_a_store_refuses_is_one_clear_error(
     if answer != "NoSuchBucket":
         monkeypatch.setattr(s3.S3, "_call", _answering(answer))
     url = "s3://nobody-has-this/hf" if answer == "NoSuchBucket" else "s3://bucket/x"
-    with pytest.raises((InputError, OutputError)) as caught:
+    with pytest.raises((RemoteError, OutputError)) as caught:
         transcoder.hf2mcore(*((url, tmp_path / "x") if side == "source" else (EXAMPLE, url)), **GRID)
     assert caught.value.exit_code == (3 if side == "source" else 4)
     assert says in str(caught.value) and url.rpartition("/")[0] in str(caught.value)

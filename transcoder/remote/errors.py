@@ -34,7 +34,7 @@ def explained(failure: Failed, url: str, writing: bool) -> TranscoderError:
         return OutputError("the destination cannot be used", kind="destination", problems=[problem])
     if failure.kind == "changed":
         return InputError("the source changed during the run", kind="source-changed", problems=[problem])
-    return InputError("the source cannot be read", kind="remote", problems=[problem])
+    return RemoteError("the source cannot be read", source=True, kind="remote", problems=[problem])
 
 
 def missing_extra(url: str, module: str, writing: bool) -> TranscoderError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from threading import Lock
@@ -18,7 +19,6 @@ KINDS = {
     "PermissionDeniedError": "denied",
     "UnauthenticatedError": "credentials",
 }
-PASSING = ("429", "500", "502", "503", "504", "timed out", "connection", "error sending request", "error decoding")
 
 
 @lru_cache
@@ -146,8 +146,13 @@ def _told(call: Callable[[], T]) -> T:
         if not isinstance(error, BaseError | OSError):
             raise
         text = str(error).split("\n\nDebug source")[0].strip().replace("\n", " ")
-        kind = KINDS.get(type(error).__name__, "")
-        low = text.lower()
-        if not kind and ("metadata" in low or "credential" in low or "oauth" in low):
-            kind = "credentials"
-        raise Failed(kind or ("transient" if any(p in low for p in PASSING) else "other"), text[:300]) from error
+        raise Failed(KINDS.get(type(error).__name__) or _kind(text), text[:300]) from error
+
+
+def _kind(text: str) -> str:
+    """What obstore, which has one class for most failures, says in words."""
+    if status := re.search(r"status code: (\d{3})", text):
+        return "transient" if int(status[1]) in (408, 429) or int(status[1]) >= 500 else "other"
+    if re.search(r"metadata\.google|computeMetadata|oauth|token", text, re.IGNORECASE):
+        return "credentials"
+    return "transient" if re.search(r"timed out|connection|error (sending|decoding)", text, re.IGNORECASE) else "other"
