@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 BUCKET = "bucket"
 KEYS = {"AWS_ACCESS_KEY_ID": "user", "AWS_SECRET_ACCESS_KEY": "a-secret-key", "AWS_REGION": "us-east-1"}
@@ -118,6 +119,7 @@ def serving() -> Iterator[Server]:
     before = {name: os.environ.get(name) for name in (*KEYS, "AWS_ENDPOINT_URL")}
     try:
         os.environ |= KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}
+        urlopen(f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset", b"", 10).close()  # servers of a process share it
         yield Server(gate, os.environ["AWS_ENDPOINT_URL"])
     finally:
         for name, value in before.items():

@@ -104,7 +104,7 @@ def test_parts_are_sent_as_they_fill_and_the_commit_comes_last(
     assert written[-1] == "/bucket/parts-back/model.safetensors.index.json"
 
 
-@pytest.mark.parametrize("fault", ["503", "429", "500", "cut"])
+@pytest.mark.parametrize("fault", ["503", "cut", *(pytest.param(x, marks=pytest.mark.slow) for x in ("429", "500"))])
 def test_a_busy_store_and_lost_connections_do_no_harm(server: Server, local: dict[str, Path], fault: str) -> None:
     seen = Counter[tuple[str, str, str]]()
 

@@ -151,6 +151,8 @@ def _told(call: Callable[[], T]) -> T:
 
 def _kind(text: str) -> str:
     """What obstore, which has one class for most failures, says in words."""
+    if "token request" in text:
+        return "credentials"
     if status := re.search(r"status code: (\d{3})", text):
         return "transient" if int(status[1]) in (408, 429) or int(status[1]) >= 500 else "other"
     if re.search(r"metadata\.google|computeMetadata|oauth|token", text, re.IGNORECASE):
