@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-generate demo-real check fuzz test test-full test-exhaustive record wheel
+.PHONY: bench demo demo-generate demo-real check fuzz test test-full test-exhaustive record wheel
 $(VENV)/base: pyproject.toml constraints.txt kernels/native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -14,6 +14,14 @@ $(VENV)/base: pyproject.toml constraints.txt kernels/native.c
 $(VENV)/tests: $(VENV)/base
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,runtime]'
+	touch $@
+
+# megatron-core 0.15.3, the last one that saves and loads zarr, wants other versions of numpy and zarr than the rest.
+.venv-mcore015/done: constraints-mcore015.txt
+	$(PYTHON) -m venv .venv-mcore015
+	.venv-mcore015/bin/pip install -q torch==2.13.0
+	.venv-mcore015/bin/pip install -q -r constraints-mcore015.txt
+	.venv-mcore015/bin/pip install -q --no-deps megatron-core==0.15.3
 	touch $@
 
 # A small trained model: import at TP 2 x PP 2, inspect, verify, export, compare by SHA-256.
@@ -42,7 +50,7 @@ record: $(VENV)/tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --proved=write
 
 # The full matrices against megatron-core, and conversions that are killed fifty times.
-test-full: $(VENV)/tests
+test-full: $(VENV)/tests .venv-mcore015/done
 	$(BIN)/python -m pytest -m "slow and not exhaustive"
 
 # Every I/O call of every conversion fails once; thousands of mutated inputs; 50,000 tensors. Half an hour.
@@ -54,6 +62,13 @@ FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/base
 	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
+# The table of targets as ratios, with limits, drawn and stored in build/bench: an hour, 25 GB of disk. Some groups:
+# make bench BENCH="--only dense,kernels --rounds 5"; whether it runs, in two minutes: make bench BENCH=--quick
+BENCH ?=
+bench: $(VENV)/base
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/suite.py $(BENCH)
 
 # A wheel holds what the source tree holds, kernels/, the schema and, where there is a compiler, its loops included.
 wheel: $(VENV)/base

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MODULES = (
     "safetensors_files", "headers", "indexes", "configs", "weights", "names", "pickles", "states", "plans",
     "chunks", "archives", "records", "paths", "hubs", "destinations", "sidefiles", "layouts", "manifests", "texts",
+    "arrays",
 )  # fmt: skip
 
 # What a word of `commands` stands for. {src}: the attacked folder; {good}: the model that it was made from.

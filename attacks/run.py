@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,13 +36,17 @@ def command_line(words: Sequence[str]) -> int:
 
 def prepare(place: Path) -> dict[str, Path]:
     """The good folders: a model, a checkpoint made here, and one that the tool makes."""
-    bases = {name: place / name for name in ("hf", "mcore", "made")}
+    bases = {name: place / name for name in ("hf", "mcore", "made", "zarr", "zarr3")}
     model.write_model(bases["hf"])
     write_checkpoint(bases["mcore"] / "iter_0000000")
     bounds = sandbox.Bounds((str(place),), (str(place),))
     words = ["hf2mcore", str(bases["hf"]), str(bases["made"]), "--tp", "2", "--no-sync"]
     ended = sandbox.run(lambda: command_line(words), place / "log", bounds)
     assert ended.code == 0 and not ended.seen, ended
+    here = Path(__file__).resolve().parent.parent
+    for form in ("zarr", "zarr3"):  # written by another process, since tensorstore starts threads; read without it
+        words = ["hf2mcore", str(bases["hf"]), str(bases[form]), "--tp", "2", "--no-sync", "--format", form]
+        subprocess.run([sys.executable, "-m", "transcoder", *words], check=True, capture_output=True, cwd=here)
     return bases
 
 

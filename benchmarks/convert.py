@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shlex
 import shutil
 import statistics
@@ -22,16 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERVAL = 0.020
+INBLOCK = 512  # bytes; getrusage(2) counts in them, whatever the device
 ANONYMOUS = re.compile(rb"^Anonymous:\s+(\d+) kB", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed step; `anonymous` is 0 where memory was not sampled."""
+    """One timed step; `anonymous` is 0 where memory was not sampled; `read` are bytes that came from the device."""
 
     wall: float
     cpu: float
     anonymous: int
+    read: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ class MemoryWatch:
         return self.peak
 
 
-def execute(command: list[str], memory: bool) -> tuple[float, int]:
-    """Runs a command; returns its CPU seconds (user and system, with its children) and its peak anonymous bytes."""
+def execute(command: list[str], memory: bool) -> tuple[resource.struct_rusage, int]:
+    """Runs a command; returns what it used, its children included, and its peak anonymous bytes."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         watch = MemoryWatch(process.pid) if memory else None
         assert process.stderr is not None
@@ -111,7 +114,7 @@ def execute(command: list[str], memory: bool) -> tuple[float, int]:
     if process.returncode:
         sys.stderr.write(messages.decode(errors="replace"))
         raise SystemExit(f"exit {process.returncode}: {shlex.join(command)}")
-    return usage.ru_utime + usage.ru_stime, peak
+    return usage, peak
 
 
 def recycle(folder: Path, size: int) -> None:
@@ -126,17 +129,27 @@ def recycle(folder: Path, size: int) -> None:
     ballast.unlink()
 
 
-def measure(step: Step, size: int, sync: bool, memory: bool) -> Sample:
-    """Times one step into a fresh folder. The clock starts with nothing left to flush from earlier steps."""
+def forget(folder: Path) -> None:
+    """Drops every file below a folder from the page cache; what was written must be on disk already."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(step: Step, size: int, sync: bool, memory: bool, cold: Path | None = None) -> Sample:
+    """Times one step into a fresh folder, with nothing left to flush from before and nothing of `cold` cached."""
     shutil.rmtree(step.output, ignore_errors=True)
-    if sync:
-        os.sync()
+    os.sync()
     recycle(step.output.parent, size)
+    if cold:
+        forget(cold)
     begun = time.perf_counter()
-    cpu, peak = execute(step.command, memory)
+    usage, peak = execute(step.command, memory)
     if sync:
         os.sync()
-    return Sample(time.perf_counter() - begun, cpu, peak)
+    wall = time.perf_counter() - begun
+    return Sample(wall, usage.ru_utime + usage.ru_stime, peak, usage.ru_inblock * INBLOCK)
 
 
 def steps(source: Path, workdir: Path, options: argparse.Namespace) -> list[Step]:

@@ -70,6 +70,16 @@ def checkpoint() -> Path:
 
 
 @cache
+def arrays(form: str) -> Path:
+    """The iteration of a checkpoint of zarr arrays, without manifest and hf/."""
+    folder = root() / form
+    api.hf2mcore(model(), folder, format=form, sync=False, workers=1, make_vocab_size_divisible_by=16)
+    (iteration(folder) / "transcode-manifest.json").unlink()
+    shutil.rmtree(iteration(folder) / "hf")
+    return iteration(folder)
+
+
+@cache
 def spare(name: str) -> Path:
     """A copy of the model: one a target."""
     return shutil.copytree(model(), root() / f"spare-{name}")

@@ -13,7 +13,7 @@ from zlib import crc32
 
 from transcoder.formats.pickles import Global, Pairs, Persistent, Record
 from transcoder.formats.safetensors import Shard
-from transcoder.formats.torch_dist import TorchDist
+from transcoder.formats.store import Store
 
 
 class DisagreementError(AssertionError):
@@ -150,7 +150,7 @@ def _plain(value: object) -> Any:
     return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
-def checkpoint(store: TorchDist) -> None:
+def checkpoint(store: Store) -> None:
     """Small tensors are tiled: every element of the shape lies in one chunk. No two tensors' bytes overlap."""
     for key, (_, shape, places) in store.tensors.items():
         volume = _volume(shape)

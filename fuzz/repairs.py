@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from random import Random
 from typing import Any
 
 from fuzz import jsons
 from transcoder import manifest
+from transcoder.formats.shards import crc32c
 
 PAYLOAD = 1 << 16  # bytes: larger files are not made
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I16": 2, "I32": 4, "I64": 8}
@@ -65,7 +67,7 @@ def digest(data: bytes) -> bytes:
     """A manifest with its own digest, as far as it is a JSON object that can be written again."""
     try:
         table = json.loads(data)
-        return manifest.emit({key: value for key, value in table.items() if key != "self"})
+        return bytes(manifest.emit({key: value for key, value in table.items() if key != "self"}))
     except (ValueError, TypeError, AttributeError, RecursionError):
         return data
 
@@ -78,7 +80,7 @@ def edited_manifest(rng: Random, data: bytes) -> bytes:
     headers = table["restore"]["headers"]
     name = rng.choice(sorted(headers))
     headers[name] = manifest.pack(_header(rng, manifest.unpack(headers[name])))
-    return manifest.emit({key: value for key, value in table.items() if key != "self"})
+    return bytes(manifest.emit({key: value for key, value in table.items() if key != "self"}))
 
 
 def _header(rng: Random, header: bytes) -> bytes:
@@ -90,3 +92,19 @@ WORDS = (
     "../latest_checkpointed_iteration.txt", "../../x", "hf/config.json", "name", "size", "digest", "tree", "restore",
     "headers", "index", "crc32:00000000", "xxh3-128:0", "folder", "files", "source", "tensors", "variants", "dtype",
 )  # fmt: skip
+
+
+NUMBERS = (0, 1, 15, 16, 1 << 20, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 17, (1 << 64) - 1)
+
+
+def edited_shard(rng: Random, data: bytes) -> bytes:
+    """Another number in the index at the end of a shard, or another length of the file."""
+    if rng.random() < 0.2 or len(data) < 20:
+        return data[: rng.randrange(len(data) + 1)] + bytes(rng.choice((0, 1, 16, 20)))
+    at = len(data) - 4 - 8 * rng.randint(1, (len(data) - 4) // 8)
+    return data[:at] + struct.pack("<Q", rng.choice((*NUMBERS, rng.randrange(1 << 16)))) + data[at + 8 :]
+
+
+def shard(data: bytes) -> bytes:
+    """The checksum of an index of one chunk made right."""
+    return data[:-4] + struct.pack("<I", crc32c(data[-20:-4])) if len(data) >= 20 else data

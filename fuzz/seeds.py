@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 from fuzz import bases
 from fuzz.judge import CORPUS
+from fuzz.targets import ARRAY
 from transcoder.formats.archive import tensor_item
 from transcoder.formats.mcore import train_state
 from transcoder.formats.pickles import dumps
@@ -47,6 +48,12 @@ def written() -> Iterator[Seed]:
     yield "run_config", "written", (folder / "run_config.yaml").read_bytes()
     yield "train_state", "written", train_state(0)
     yield "item", "written", _item()
+    for target, form, name in (
+        ("zarray", "zarr", f"{ARRAY}/.zarray"),
+        ("zarr_json", "zarr3", f"{ARRAY}/zarr.json"),
+        ("shard", "zarr3", f"{ARRAY}/c/0/0"),
+    ):
+        yield target, "written", (bases.arrays(form) / name).read_bytes()
 
 
 def _odd_file() -> bytes:

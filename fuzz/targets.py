@@ -14,6 +14,7 @@ from transcoder.checking import check
 from transcoder.exportplan import plan_export
 from transcoder.formats.archive import read_archive, read_tensor
 from transcoder.formats.huggingface import open_hf
+from transcoder.formats.opening import open_store
 from transcoder.formats.pickles import loads
 from transcoder.formats.safetensors import INDEX_NAME, read_index, read_shard
 from transcoder.formats.torch_dist import METADATA_NAMES, open_torch_dist, read_common
@@ -24,6 +25,7 @@ from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER, find_iteration, n
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.megatronconfig import stored_fields
 
+ARRAY = "embedding.word_embeddings.weight"
 Run = Callable[[bytes], object]
 Edit = Callable[[Random, bytes], bytes]
 
@@ -138,6 +140,32 @@ def backend(data: bytes) -> None:
     _opened(folder)
 
 
+def zarray(data: bytes) -> None:
+    """`.zarray` of one array of a checkpoint, and the chunks that it asks for."""
+    _array("zarr", f"{ARRAY}/.zarray", data)
+
+
+def zarr_json(data: bytes) -> None:
+    """`zarr.json` of one array of a checkpoint, with sharding."""
+    _array("zarr3", f"{ARRAY}/zarr.json", data)
+
+
+def shard(data: bytes) -> None:
+    """A file of chunks with its index."""
+    _array("zarr3", f"{ARRAY}/c/0/0", data)
+
+
+def _array(form: str, name: str, data: bytes) -> None:
+    folder = bases.arrays(form)
+    good = (folder / name).read_bytes()
+    try:
+        _put(folder / name, data)
+        oracles.checkpoint(open_store(folder))
+        _opened(folder)
+    finally:
+        _put(folder / name, good)
+
+
 def _opened(folder: Path) -> Megatron:
     inspect(folder)
     return open_megatron(folder, arch=bases.ARCHITECTURE)
@@ -181,5 +209,7 @@ TARGETS: dict[str, Target] = {
     "run_config": Target(run_config, texts.yaml),
     "train_state": Target(train_state, _archive, zipping.repaired),
     "backend": Target(backend, jsons.mutate),
-    # Further readers (the journal, zarr's .zarray) are one row each, with seeds in fuzz/seeds.py.
+    "zarray": Target(zarray, jsons.mutate),
+    "zarr_json": Target(zarr_json, jsons.mutate),
+    "shard": Target(shard, repairs.edited_shard, repairs.shard),
 }

@@ -64,7 +64,7 @@ planned = time.perf_counter()
 size = len(metadata(plan.placement))
 ended = time.perf_counter()
 peak = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-chunks = len(plan.placement.items)
+chunks = sum(len(spec.chunks) for spec in plan.placement.catalog.values())
 found = {"plan": planned - begun, "metadata": ended - planned, "size": size, "chunks": chunks, "peak": peak}
 print(json.dumps(found | {"tensors": len(plan.model.hf)}))
 """

@@ -67,6 +67,18 @@ def test_underscores_do_for_dashes_in_values_and_have_the_same_effect(tmp_path: 
     assert succeed(*line, "--dry-run", "--format", "torch_dist").out == succeed(*line, "--dry-run").out
 
 
+@pytest.mark.parametrize(("form", "words"), [("zarr", "0.15 and older"), ("zarr3", "tensorstore")])
+def test_another_format_is_planned_written_and_named(tmp_path: Path, form: str, words: str) -> None:
+    line = ["hf2mcore", EXAMPLE, tmp_path / "new", "--tp", 2, "--format", form]
+    planned = succeed(*line, "--dry-run").out
+    assert f"embedding.word_embeddings.weight/{'1.0' if form == 'zarr' else 'c/1/0'}" in planned
+    done = succeed(*line)
+    assert words in done.err and done.err.startswith("warning: ")
+    assert "Megatron Bridge  checkpoint" not in done.out and ("Megatron-LM" in done.out) == (form == "zarr")
+    assert json.loads(succeed("inspect", tmp_path / "new", "--json").out)["format"] == form
+    assert succeed("hf2mcore", "--help").out.count("torch_dist|zarr|zarr3") == 1
+
+
 def test_device_map_is_accepted_and_said_to_be_unnecessary(tmp_path: Path) -> None:
     line = ["import", "--hf-model", EXAMPLE, "--megatron-path", tmp_path / "mcore", "--device-map", "auto"]
     done = succeed(*line)

@@ -29,7 +29,7 @@ SEED = 6
 LEAST = {
     "import": 80, "export": 80, "import over": 50, "export over": 50, "import over without exchange": 50,
     "export over without exchange": 50, "import by four": 50, "export by four": 50, "quantised import": 25,
-    "quantised export": 25,
+    "quantised export": 25, "zarr import": 25, "zarr export": 25, "zarr3 import": 20, "zarr3 export": 20,
 }  # fmt: skip
 assert sum(LEAST.values()) >= 500
 Made = Callable[[str], Scenario]
@@ -44,6 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 
         def make(name: str) -> Scenario:
             patch.setattr("transcoder.engine.BAND", 24 << 10 if "quantised" in name else 160)
+            patch.setattr("transcoder.formats.zarr_writer.CAPS", {"zarr": 600, "zarr3": 300})
             return _scenario(name, place)
 
         yield make
@@ -52,7 +53,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 def _scenario(name: str, place: Path) -> Scenario:
     command, source = "hf2mcore" if "import" in name else "mcore2hf", _source(name, place / "sources" / name)
     here = Scenario(name, command, source, fresh(place / name), {"workers": 4 if "four" in name else 1})
-    here.options |= {"overwrite": "over" in name} | (GRID if command == "hf2mcore" else {})
+    here.options |= {"overwrite": "over" in name}
+    here.options |= GRID | {"format": _form(name)} if command == "hf2mcore" else {}
     here.exchange = "without" not in name
     if "over" in name:
         _occupy(here, place / "older")
@@ -65,8 +67,12 @@ def _source(name: str, folder: Path) -> Path:
     hf = quantised.made("kimi-k2-scalar") if "quantised" in name else write_llama(folder / "hf")
     if "import" in name:
         return hf.resolve()
-    transcoder.hf2mcore(hf, folder / "mcore", sync=False, **GRID)
+    transcoder.hf2mcore(hf, folder / "mcore", format=_form(name), sync=False, **GRID)
     return folder / "mcore"
+
+
+def _form(name: str) -> str:
+    return next((word for word in name.split() if word.startswith("zarr")), "torch_dist")
 
 
 def _occupy(here: Scenario, older: Path) -> None:

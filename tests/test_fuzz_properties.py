@@ -155,7 +155,7 @@ def manifests(draw: st.DrawFn) -> bytes:
     table |= {"source": {"kind": "safetensors", "files": files[:1]}, "tool": "1", "recipe": "llama", "variants": {}}
     table |= {"direction": "hf2mcore", "layout": "stacked", "plan": ""}
     table |= {"restore": {"headers": dict.fromkeys(names[:1], ""), "index": "", "vocab_size": 8, "dtype": "bfloat16"}}
-    data, rng, kind = manifest.emit(table), draw(RANDOM), draw(st.integers(0, 2))
+    data, rng, kind = bytes(manifest.emit(table)), draw(RANDOM), draw(st.integers(0, 2))
     for _ in range(kind and draw(st.integers(1, 2))):
         data = repairs.digest(jsons.mutate(rng, data, repairs.WORDS)) if kind == 1 else bytes_edited(rng, data)
     return data

@@ -180,3 +180,43 @@ def test_the_guard_of_the_conversion_test_would_notice(package: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert f"RuntimeError: {package.split('.')[0]} is imported" in done.stderr
+
+
+COMMAND = """
+import sys
+from transcoder.cli import main
+sys.argv = ["transcode", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+LATE = {"numpy", "yaml", "hashlib", "concurrent.futures", "jsonschema", "asyncio", "transcoder.engine"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "more"),
+    [
+        (["--help"], 0, {"transcoder.importing", "transcoder.planner", "isal", "xxhash"}),
+        (["plan", "--no-such-option"], 2, {"transcoder.importing", "transcoder.planner", "isal", "xxhash"}),
+        (["plan", "{source}", "--tp", "2"], 0, {"xxhash", "transcoder.manifest", "transcoder.megatron"}),
+        (["plan", "{source}", "--tp", "7"], 2, {"xxhash", "transcoder.manifest", "transcoder.megatron"}),
+        (["inspect", "{source}"], 0, {"transcoder.importing", "transcoder.planner", "xxhash"}),
+        (["inspect", "{checkpoint}"], 0, {"transcoder.importing", "transcoder.planner", "xxhash"}),
+        (["plan", "{checkpoint}"], 0, set()),
+        (["inspect", "{nothing}"], 3, {"transcoder.importing", "transcoder.planner", "xxhash"}),
+    ],
+)
+def test_commands_that_need_no_bytes_import_nothing_that_moves_them(
+    arguments: list[str], status: int, more: set[str], tmp_path: Path
+) -> None:
+    source, checkpoint = make_model("qwen2", tmp_path / "source"), tmp_path / "checkpoint"
+    if "{checkpoint}" in arguments:
+        transcoder.hf2mcore(source, checkpoint, sync=False)
+    places = {"source": source, "checkpoint": checkpoint, "nothing": tmp_path / "nothing"}
+    command = [sys.executable, "-c", COMMAND, *(text.format_map(places) for text in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    loaded = set(done.stderr.splitlines()[-1].split())
+    assert {"transcoder.cli", "click"} <= loaded
+    assert not loaded & (LATE | more)

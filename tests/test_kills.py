@@ -43,12 +43,18 @@ def sources(source: Path) -> dict[str, Path]:
     mcore, back = source.parent / "mcore", source.parent / "back"
     succeed("hf2mcore", source, mcore, "--tp", 2, "--pp", 2, driver=BANDS.format(band=1024))
     succeed("mcore2hf", mcore, back, driver=BANDS.format(band=1024))
-    return {"hf2mcore": source, "mcore2hf": mcore, "hf2mcore result": mcore, "mcore2hf result": back}
+    found = {"hf2mcore": source, "mcore2hf": mcore, "hf2mcore result": mcore, "mcore2hf result": back}
+    for form in ("zarr", "zarr3"):
+        found[form], found[f"{form} result"] = source, source.parent / form
+        succeed(*_line(form, found, found[f"{form} result"]), driver=BANDS.format(band=1024))  # type: ignore[arg-type]
+    return found
 
 
 def _line(command: str, sources: dict[str, Path], target: Path, *more: object) -> Line:
-    grid: Line = ["--tp", 2, "--pp", 2] if command == "hf2mcore" else []
-    return [command, sources[command], target, *grid, *more]
+    """`command`: one of the program's, or the format of an import."""
+    form: Line = ["--format", command] if command.startswith("zarr") else []
+    grid: Line = ["--tp", 2, "--pp", 2] if form or command == "hf2mcore" else []
+    return ["hf2mcore" if form else command, sources[command], target, *grid, *form, *more]
 
 
 def _start(line: Line, driver: str, **streams: object) -> subprocess.Popen[str]:
@@ -94,7 +100,7 @@ def _killed_until_done(line: Line, target: Path, kills: int, pause: float) -> in
         done += 1
 
 
-@pytest.mark.parametrize("command", ["hf2mcore", "mcore2hf"])
+@pytest.mark.parametrize("command", ["hf2mcore", "mcore2hf", "zarr", "zarr3"])
 def test_a_conversion_that_is_killed_five_times_gives_the_same_bytes(
     tmp_path: Path, sources: dict[str, Path], command: str
 ) -> None:

@@ -218,6 +218,8 @@ def test_a_missing_prefix_is_not_found(server: Server, tmp_path: Path) -> None:
 def test_what_stores_cannot_do_is_wrong_usage(server: Server, local: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no links"):
         transcoder.reshard(local["mcore"], "s3://bucket/linked", link=True)
+    with pytest.raises(UsageError, match="written to directories"):
+        transcoder.hf2mcore(EXAMPLE, "s3://bucket/zarr", format="zarr")
     with pytest.raises(UsageError, match="writes to a directory"):
         transcoder.roundtrip(EXAMPLE, "s3://bucket/round")
     with pytest.raises(UsageError, match="lie inside one another"):
@@ -230,3 +232,10 @@ def test_a_checkpoint_without_its_commit_is_no_checkpoint(server: Server, local:
     server.client.delete_object(Bucket="bucket", Key="uncommitted/iter_0000000/metadata.json")
     with pytest.raises(InputError, match="has not ended"):
         reading.inspect(url)
+
+
+def test_zarr_is_read_from_a_bucket(server: Server, tmp_path: Path) -> None:
+    for form in ("zarr", "zarr3"):
+        transcoder.hf2mcore(EXAMPLE, tmp_path / form, format=form, **GRID)
+        transcoder.mcore2hf(server.put(tmp_path / form, form), tmp_path / f"{form}-back")
+        assert tree(tmp_path / f"{form}-back") == tree(EXAMPLE)

@@ -93,8 +93,8 @@ def plan(src: PathLike, *, memory: int | str = MEMORY, **options: Any) -> Plan:
 
     options: those of `plan_hf2mcore` or `plan_mcore2hf`. Raises TranscoderError.
     """
-    from transcoder.checking import is_hf
     from transcoder.description import Plan
+    from transcoder.formats.huggingface import is_hf
     from transcoder.reports import size_of
 
     src = as_place(src)

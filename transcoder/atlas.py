@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product as combinations
+from math import prod
 
 from transcoder.layout import Cell
 from transcoder.moves import Copy, boxes_of_range, clip, copy_of
 from transcoder.notation import Axis
 from transcoder.planner import Filler, HfTensor, Pair
+from transcoder.recipe import Side
 from transcoder.spec import Box, Catalog, Chunk
 
 Boxes = tuple[Box, ...]
-Groups = dict[tuple[int, ...], list[Chunk]]
+Near = tuple[list[Chunk], Boxes]  # chunks that hold parts of a tensor, and their boxes relative to its index
+Share = tuple[int, int]  # position among such chunks, elements
+Sight = tuple[Side, tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # key, its values, dimensions, their values
 
 
 @dataclass(slots=True)
@@ -25,8 +29,11 @@ class Atlas:
     """A model bound to the chunks of a Megatron catalog; answers which chunks a band touches."""
 
     catalog: Catalog
-    _groups: dict[tuple[str, tuple[int, ...]], Groups] = field(default_factory=dict)
-    _copies: dict[tuple[int, int, int, Boxes], list[tuple[int, Copy]]] = field(default_factory=dict)
+    _sights: dict[int, tuple[Pair, Sight]] = field(default_factory=dict)
+    _groups: dict[tuple[str, tuple[int, ...]], dict[tuple[int, ...], Near]] = field(default_factory=dict)
+    _boxes: dict[Boxes, Boxes] = field(default_factory=dict)
+    _copies: dict[tuple[int, int, int, int], list[tuple[int, Copy]]] = field(default_factory=dict)
+    _shares: dict[tuple[int, int], list[Share]] = field(default_factory=dict)
 
     def pieces(self, tensor: HfTensor, start: int, stop: int) -> Iterator[tuple[str, Chunk, Copy]]:
         """Chunk and copy for every part of the flat elements [start, stop) of a Hugging Face tensor.
@@ -34,12 +41,19 @@ class Atlas:
         Yields the Megatron key, the chunk, and a copy whose `hf` counts from `start`.
         """
         for pair in tensor.family.pairs[tensor.part]:
-            key, chunks, boxes = self._near(tensor, pair)
-            place = (id(pair), start, stop, boxes)
-            if place not in self._copies:
-                self._copies[place] = _copies(pair, tensor.shape, start, stop, boxes)
-            for position, copy in self._copies[place]:
+            key, (chunks, boxes) = self._near(tensor, pair)
+            for position, copy in self._copied(pair, tensor.shape, start, stop, boxes):
                 yield key, chunks[position], copy
+
+    def shares(self, tensor: HfTensor) -> Iterator[tuple[list[Chunk], list[Share]]]:
+        """Chunks that hold parts of a tensor, and how many of its elements `pieces` of all of it moves to which."""
+        for pair in tensor.family.pairs[tensor.part]:
+            _, (chunks, boxes) = self._near(tensor, pair)
+            place = id(pair), id(boxes)
+            if place not in self._shares:
+                copies = self._copied(pair, tensor.shape, 0, prod(tensor.shape), boxes)
+                self._shares[place] = [(position, copy.count) for position, copy in copies]
+            yield chunks, self._shares[place]
 
     def fillers(self, filler: Filler) -> Iterator[tuple[Chunk, Copy]]:
         """Chunk and copy of the elements that no Hugging Face tensor supplies."""
@@ -49,30 +63,59 @@ class Atlas:
             for ranges in clip(cell, chunk.box):
                 yield chunk, copy_of(cell, chunk.box, flat, (1,), 0, ranges)
 
-    def _near(self, tensor: HfTensor, pair: Pair) -> tuple[str, list[Chunk], Boxes]:
+    def _copied(
+        self, pair: Pair, shape: tuple[int, ...], start: int, stop: int, boxes: Boxes
+    ) -> list[tuple[int, Copy]]:
+        place = id(pair), start, stop, id(boxes)  # both live as long as the atlas
+        if place not in self._copies:
+            self._copies[place] = _copies(pair, shape, start, stop, boxes)
+        return self._copies[place]
+
+    def _near(self, tensor: HfTensor, pair: Pair) -> tuple[str, Near]:
         """Key, chunks that hold parts of the tensor, and their boxes relative to its index."""
-        side = tensor.family.mcore[pair.part]
-        key = side.named({**tensor.index, **pair.fixed})
-        names = [node.name if isinstance(node, Axis) else "" for node in side.layout.dims]
-        dims = tuple(dim for dim, name in enumerate(names) if name in tensor.index)
-        shifts = tuple(tensor.index.get(name, 0) for name in names)
+        if id(pair) not in self._sights:
+            self._sights[id(pair)] = pair, _sight(tensor, pair)
+        side, named, dims, shifted = self._sights[id(pair)][1]
+        values = (*tensor.at, *pair.fixed.values())
+        key, place = side.spelled(tuple([values[i] for i in named])), tuple([values[i] for i in shifted])
         if (key, dims) not in self._groups:
-            self._groups[key, dims] = _grouped(self.catalog[key].chunks, dims)
-        chunks = self._groups[key, dims].get(tuple(shifts[dim] for dim in dims), [])
-        return key, chunks, tuple(_shifted(chunk.box, shifts) for chunk in chunks)
+            self._groups[key, dims] = self._grouped(self.catalog[key].chunks, dims)
+        return key, self._groups[key, dims].get(place, _NOTHING)
+
+    def _grouped(self, chunks: tuple[Chunk, ...], dims: tuple[int, ...]) -> dict[tuple[int, ...], Near]:
+        """Chunks by their indices along some dimensions, with their boxes relative to these."""
+        found: dict[tuple[int, ...], list[Chunk]] = {}
+        for chunk in chunks:
+            for place in combinations(*(range(*chunk.box[dim]) for dim in dims)):
+                found.setdefault(place, []).append(chunk)
+        return {place: (near, self._relative(near, dims, place)) for place, near in found.items()}
+
+    def _relative(self, chunks: list[Chunk], dims: tuple[int, ...], place: tuple[int, ...]) -> Boxes:
+        """The chunks' boxes, counted from a place; equal ones are one object."""
+        boxes = tuple([_shifted(chunk.box, dims, place) for chunk in chunks])
+        return self._boxes.setdefault(boxes, boxes)
 
 
-def _grouped(chunks: tuple[Chunk, ...], dims: tuple[int, ...]) -> Groups:
-    """Chunks by their indices along some dimensions."""
-    found: Groups = {}
-    for chunk in chunks:
-        for place in combinations(*(range(*chunk.box[dim]) for dim in dims)):
-            found.setdefault(place, []).append(chunk)
-    return found
+_NOTHING: Near = ([], ())
 
 
-def _shifted(box: Box, shifts: tuple[int, ...]) -> Box:
-    return tuple((start - shift, stop - shift) for (start, stop), shift in zip(box, shifts, strict=True))
+def _sight(tensor: HfTensor, pair: Pair) -> Sight:
+    """Where to find the chunks of a pair's tensors: which of a tensor's own and the pair's fixed values are what."""
+    side = tensor.family.mcore[pair.part]
+    own = tensor.family.rule.hf[tensor.part].name_axes
+    names = (*own, *pair.fixed)
+    dims = tuple(dim for dim, node in enumerate(side.layout.dims) if isinstance(node, Axis) and node.name in own)
+    places = {name: i for i, name in enumerate(names)}
+    nodes = [side.layout.dims[dim] for dim in dims]
+    shifted = tuple(places[node.name] for node in nodes if isinstance(node, Axis))
+    return side, tuple(places[axis] for axis in side.name_axes), dims, shifted
+
+
+def _shifted(box: Box, dims: tuple[int, ...], place: tuple[int, ...]) -> Box:
+    found = list(box)
+    for dim, shift in zip(dims, place, strict=True):
+        found[dim] = found[dim][0] - shift, found[dim][1] - shift
+    return tuple(found)
 
 
 def _copies(pair: Pair, shape: tuple[int, ...], start: int, stop: int, boxes: Boxes) -> list[tuple[int, Copy]]:

@@ -11,10 +11,10 @@ from typing import Any
 from isal.isal_zlib import crc32, crc32_combine
 
 from transcoder import checksums, manifest
-from transcoder.disk import there
 from transcoder.errors import DifferenceError, InputError, Problem
-from transcoder.formats.huggingface import open_hf
-from transcoder.formats.torch_dist import TorchDist, open_torch_dist
+from transcoder.formats.huggingface import is_hf, open_hf
+from transcoder.formats.opening import open_store
+from transcoder.formats.store import Store
 from transcoder.iterations import current_rows, find_iteration, notes
 from transcoder.original import kept_headers, kept_index
 from transcoder.paths import Extent, extent, passing
@@ -44,11 +44,6 @@ def check(
         raise DifferenceError(str(error.args[0]), kind=error.kind, problems=error.problems) from error
 
 
-def is_hf(directory: Path) -> bool:
-    """Whether the directory is a Hugging Face one, by its marker file."""
-    return there(directory / "config.json") and not there(directory / ".metadata")
-
-
 def _check_hf(directory: Path, sample: float, follow_links: bool) -> dict[str, Any]:
     source = open_hf(directory, follow_links)
     listed = checksums.read(directory)
@@ -67,7 +62,7 @@ def _check_hf(directory: Path, sample: float, follow_links: bool) -> dict[str, A
 
 
 def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> dict[str, Any]:
-    store = open_torch_dist(folder)
+    store = open_store(folder)
     table = manifest.read(folder)
     if table:  # what would be restored: raises InputError when it is damaged
         kept_headers(table)
@@ -80,7 +75,7 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
     total, done, counted = sum(c.nbytes for parts in chunks.values() for _, c in parts), 0, 0
     for number, (name, parts) in enumerate(sorted(chunks.items())):
         if sample and (folder / name).is_file():
-            found, read = _check_payloads(folder / name, parts, rows.get(name), sample)
+            found, read = _check_payloads(folder, name, parts, rows.get(name), sample)
             problems += found
             counted += read
         done += sum(chunk.nbytes for _, chunk in parts)
@@ -93,7 +88,7 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
         raise DifferenceError(f"{folder} is damaged", kind="damage", problems=problems)
     return {
         "source": str(folder),
-        "format": "torch_dist",
+        "format": store.form,
         "tensors": len(store.tensors),
         "bytes_read": total if sample else 0,
         "checked": {"files": len(chunks), "bytes": total, "checksums": counted, "digests": len(rows)},
@@ -101,7 +96,7 @@ def _check_megatron(folder: Path, sample: float, listener: Listener | None) -> d
     }
 
 
-def _by_file(store: TorchDist) -> dict[str, list[tuple[str, Chunk]]]:
+def _by_file(store: Store) -> dict[str, list[tuple[str, Chunk]]]:
     found = dict[str, list[tuple[str, Chunk]]]()
     for key, spec in store.catalog.items():
         for chunk in spec.chunks:
@@ -110,10 +105,10 @@ def _by_file(store: TorchDist) -> dict[str, list[tuple[str, Chunk]]]:
 
 
 def _check_payloads(
-    path: Path, parts: list[tuple[str, Chunk]], row: Mapping[str, Any] | None, sample: float
+    folder: Path, name: str, parts: list[tuple[str, Chunk]], row: Mapping[str, Any] | None, sample: float
 ) -> tuple[list[Problem], int]:
     """Compare the checksum of every sampled payload and, when all were read, that of the whole file."""
-    view, problems, whole, place, count = extent(path), [], 0, 0, 0
+    view, problems, whole, place, count = extent(folder / name, root=folder), [], 0, 0, 0
     for key, chunk in sorted(parts, key=lambda part: part[1].offset):
         if not _sampled(key, chunk, sample):
             continue
@@ -122,10 +117,10 @@ def _check_payloads(
         place, count = chunk.offset + chunk.nbytes, count + 1
         if chunk.crc is not None and found != chunk.crc:
             expected = f"CRC-32 {chunk.crc:08x}"
-            problems.append(Problem(file=path.name, tensor=key, expected=expected, found=f"{found:08x}"))
+            problems.append(Problem(file=name, tensor=key, expected=expected, found=f"{found:08x}"))
     whole = _crc(view, place, len(view), whole)
     if row is not None and sample >= 100 and not problems and f"crc32:{whole:08x}" != row["digest"]:
-        problems.append(Problem(file=path.name, expected=row["digest"], found=f"crc32:{whole:08x}"))
+        problems.append(Problem(file=name, expected=row["digest"], found=f"crc32:{whole:08x}"))
     return problems, count
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from math import prod
 
 from transcoder.atlas import Atlas
@@ -106,23 +108,29 @@ def check_coverage(model: Model, atlas: Atlas) -> None:
     """
     for name, other in model.mcore.items():
         check_tiling(name, other.shape, [chunk.box for chunk in atlas.catalog[name].chunks])
-    filled: dict[tuple[str, Box], int] = {}
+    filled: dict[int, int] = defaultdict(int)  # elements by the chunk's identity: the catalog holds each chunk once
     problems = []
     for tensor in model.hf.values():
         moved = 0
-        for key, chunk, copy in atlas.pieces(tensor, 0, prod(tensor.shape)):
-            filled[key, chunk.box] = filled.get((key, chunk.box), 0) + copy.count * (not tensor.family.rule.alias)
-            moved += copy.count
+        for chunks, shares in atlas.shares(tensor):
+            for position, count in shares:
+                filled[id(chunks[position])] += count * (not tensor.family.rule.alias)
+                moved += count
         if moved != prod(tensor.shape):
             problems.append(
                 Problem(tensor=tensor.name, expected=f"{prod(tensor.shape)} elements", found=f"{moved} in the chunks")
             )
     for _, filler in model.fillers():
         for chunk, copy in atlas.fillers(filler):
-            filled[filler.key, chunk.box] = filled.get((filler.key, chunk.box), 0) + copy.count
+            filled[id(chunk)] += copy.count
     for name in model.mcore:
         for chunk in atlas.catalog[name].chunks:
-            if filled.get((name, chunk.box), 0) != prod(box_shape(chunk.box)):
+            if filled.get(id(chunk), 0) != _volume(chunk.box):
                 problems.append(Problem(tensor=name, message=f"chunk {chunk.box} is not covered exactly once"))
     if problems:
         raise refuse("coverage", "the plan does not cover every element exactly once", problems)
+
+
+@lru_cache(maxsize=4096)
+def _volume(box: Box) -> int:
+    return prod(box_shape(box))

@@ -79,10 +79,8 @@ def _import(command: str, src: str, dst: str, chosen: Report, warnings: Iterable
 
 
 def _writing(chosen: Report) -> tuple[bool, Report]:
-    """Whether it is a dry run, and the arguments of the API. Raises UsageError for what does not exist yet."""
+    """Whether it is a dry run, and the arguments of the API."""
     arguments = {name: value for name, value in chosen.items() if value is not None}
-    if (form := arguments.pop("form", "torch_dist")) != "torch_dist":
-        raise UsageError(f"--format {form} cannot be written yet; torch_dist can", kind="unsupported")
     if "no_sync" in arguments:
         arguments["sync"] = not arguments.pop("no_sync")
     if "iteration" in arguments:
@@ -205,7 +203,7 @@ def plan(src: str, **chosen: Any) -> int:
 
     def work() -> Report:
         from transcoder import planning
-        from transcoder.checking import is_hf
+        from transcoder.formats.huggingface import is_hf
         from transcoder.places import place
 
         _, arguments = _writing(chosen)

@@ -11,7 +11,8 @@ transformers (finegrained_fp8, mxfp4) and compressed-tensors (pack-quantized).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -88,9 +89,7 @@ def weights_of(catalog: Catalog, config: Mapping[str, Any]) -> Weights:
     if problems:
         raise refuse("quantised", f"{len(problems)} tensors of quantised weights lack their partner", problems)
     found = {name: spec for name, spec in catalog.items() if name not in parts}
-    found |= {
-        name: replace(codec.parts[0], name=name, dtype=usual, shape=codec.shape) for name, codec in codecs.items()
-    }
+    found |= {name: codec.parts[0].known_as(name, usual, codec.shape) for name, codec in codecs.items()}
     return Weights(found, codecs)
 
 
@@ -183,14 +182,22 @@ def _unusual(table: Mapping[str, Any]) -> bool:
 
 
 def _fp8(weight: TensorSpec, scale: TensorSpec, block: tuple[int, int]) -> Codec:
-    expected = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=False))
-    if single := prod(scale.shape) == 1 != prod(expected):
-        block = (max(1, prod(weight.shape[:-1])), weight.shape[-1] if weight.shape else 1)
-        expected = (1, 1)
-    fits = len(weight.shape) == 2 and (scale.shape == expected or prod(scale.shape) == prod(expected) == 1)
-    if not fits or scale.dtype.name != "float32":
-        _misfit(weight, scale, f"float32 {list(expected)}, one number for every {block[0]} × {block[1]} weights")
-    return Codec("fp8", (weight, scale), 1 if single else block[0], weight.shape, block)
+    rows, used, expected = _fp8_blocks(weight.shape, scale.shape, block)
+    if not rows or scale.dtype.name != "float32":
+        _misfit(weight, scale, f"float32 {list(expected)}, one number for every {used[0]} × {used[1]} weights")
+    return Codec("fp8", (weight, scale), rows, weight.shape, used)
+
+
+@lru_cache(maxsize=4096)
+def _fp8_blocks(
+    shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int]
+) -> tuple[int, tuple[int, int], tuple[int, ...]]:
+    """Rows that are encoded together, 0 where the scales do not fit; the block of one scale; the scales' shape."""
+    expected = tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
+    if single := prod(scales) == 1 != prod(expected):
+        block, expected = (max(1, prod(shape[:-1])), shape[-1] if shape else 1), (1, 1)
+    fits = len(shape) == 2 and (scales == expected or prod(scales) == prod(expected) == 1)
+    return (1 if single else block[0]) if fits else 0, block, expected
 
 
 def _mxfp4(blocks: TensorSpec, scales: TensorSpec) -> Codec:

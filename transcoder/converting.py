@@ -66,6 +66,8 @@ def convert(kind: Kind, src: PathLike, dst: PathLike, how: How, options: dict[st
     check_kind(how.checksums)
     if options.get("link") and (remote(source) or remote(target)):
         raise UsageError("--link: object stores have no links", kind="link")
+    if remote(target) and (form := options.get("format", "torch_dist")) != "torch_dist":
+        raise UsageError(f"--format {form} is written to directories; torch_dist to object stores, too", kind="format")
     check_destination(target, source, how.overwrite or how.resume)
     plan = kind.planner(source, **options)
     who = kind.identity(plan, _all_options(kind.planner, source, options) | {"checksums": how.checksums})

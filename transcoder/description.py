@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transcoder.exportplan import ExportPlan
 from transcoder.importing import ImportPlan
 from transcoder.planner import Family, Model
 from transcoder.reports import export_report, import_report
 from transcoder.spec import Catalog, DType
+
+if TYPE_CHECKING:
+    from transcoder.exportplan import ExportPlan
 
 OVERHEAD = 96 << 20  # bytes: Python, NumPy and the plan
 

@@ -16,7 +16,6 @@ from transcoder.formats.safetensors import INDEX_NAME, Shard
 from transcoder.mapped import side_file
 from transcoder.megatron import Megatron
 from transcoder.outgoing import changed, emitted
-from transcoder.paths import extent
 from transcoder.progress import Tally
 from transcoder.spec import TensorSpec
 
@@ -33,7 +32,7 @@ def export_identity(plan: ExportPlan, options: Mapping[str, Any]) -> dict[str, A
     from transcoder.identity import identity
 
     source = plan.source
-    files = [source.path / name for name in (".metadata", *source.files)]
+    files = [source.path / name for name in source.everything]
     if source.reference is not None:
         files += [source.reference / name for name in plan.side_files]
     if source.original is not None:
@@ -76,10 +75,10 @@ def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> l
     from transcoder.engine import run_groups
     from transcoder.kept import Kept, copy_kept, encode_weight
     from transcoder.ledger import Ledger
+    from transcoder.maps import Maps
 
     source = plan.source
-    views = {name: extent(source.path / name) for name in source.files}
-    chunks, kept = CheckedChunks(views.__getitem__), Kept(source)
+    chunks, kept = CheckedChunks(Maps(source.path).__getitem__), Kept(source)
     warnings = [*plan.warnings, *_implied(source)]
     with shard_files(plan.shards, work.out) as files:
         ledger = Ledger(work.journal, partial(flush, files) if work.sync else None)

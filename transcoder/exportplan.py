@@ -13,7 +13,7 @@ from typing import Any
 from transcoder.checks import ignored_names
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import InputError, Problem, UsageError, refuse
-from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, shard_tensors
+from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, shard
 from transcoder.kept import kept_shards
 from transcoder.megatron import Megatron
 from transcoder.outgoing import config_changes
@@ -46,7 +46,8 @@ def plan_export(
     """
     if max_shard < 1:
         raise UsageError("--max-shard-size: give a size of 1 byte or more", kind="size")
-    shards, index, weights = source.origin.shards, source.origin.index, source.origin.weights
+    shards, weights = source.origin.shards, source.origin.weights
+    index = source.origin.index.data if source.origin.index else None
     if quantised and not weights.codecs:
         hint = "give --hf-model with the quantised original"
         raise refuse("quantised", f"no quantised original is known: {hint}", [Problem(file=str(source.path))])
@@ -121,7 +122,7 @@ def _shard(source: Megatron, file: str, names: list[str], dtype: DType) -> Shard
     tensors = [(name, _dtype(source, tensor, dtype), tensor.shape) for name, tensor in chosen.items()]
     header = emit_header(tensors, {"format": "pt"})
     size = len(header) + sum(prod(shape) * each.size for _, each, shape in tensors)
-    return Shard(file, size, header, shard_tensors(file, header, size))
+    return shard(file, header, size)
 
 
 def _index(shards: tuple[Shard, ...]) -> bytes:

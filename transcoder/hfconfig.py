@@ -19,8 +19,14 @@ _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"{[]}")
 
 def read_json(path: Path, limit: int) -> Any:
     """A JSON file, strictly: UTF-8, at most `limit` bytes, no repeated keys, no NaN. Raises InputError."""
+    return raw_json(path, limit)[1]
+
+
+def raw_json(path: Path, limit: int) -> tuple[bytes, Any]:
+    """The bytes of a JSON file and what they say, strictly, as `read_json`."""
     try:
-        return parse_json(read_small(path, limit))
+        data = read_small(path, limit)
+        return data, parse_json(data)
     except (OSError, ValueError, RecursionError) as error:
         raise refuse("json", "cannot read a JSON file", [Problem(file=path.name, message=reason(error))]) from error
 

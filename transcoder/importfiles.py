@@ -1,4 +1,4 @@
-"""Everything beside the payloads of an import, in order: common.pt, side files, manifest, `.metadata`, trackers."""
+"""Everything beside the payloads of an import, in order: common.pt, side files, manifest, index, trackers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from transcoder import manifest
 from transcoder.checksums import sums
 from transcoder.disk import write_file
 from transcoder.formats.huggingface import HfDirectory
-from transcoder.formats.mcore import METADATA_JSON, common_pt, run_config, train_state
-from transcoder.formats.torch_dist_writer import metadata
+from transcoder.formats.mcore import common_pt, run_config, train_state
 from transcoder.identity import TOOL_VERSION
 from transcoder.importing import ImportPlan
 from transcoder.iterations import STATE_TRACKER, TEXT_TRACKER
@@ -21,6 +20,7 @@ from transcoder.kept import NAME as KEPT
 from transcoder.mapped import side_file
 from transcoder.paths import map_file
 
+Small = dict[str, bytes | memoryview]  # files by name
 TOKENIZER_FILES = (
     "tokenizer",
     "vocab",
@@ -47,9 +47,9 @@ def write_side_files(
     hashing: how many workers take the SHA-256 of every file for the manifest, too; 0 for none.
     """
     folder, files = work / plan.folder, _side_files(plan)
-    last = {".metadata": metadata(plan.placement), "metadata.json": METADATA_JSON}
+    last: Small = {**plan.placement.index()}
     trackers = _trackers(plan, linked=plan.iteration == "both" and _link(work / "release", plan.folder))
-    small: dict[str, bytes | memoryview] = {**files, **last, **{f"../{name}": data for name, data in trackers.items()}}
+    small: Small = {**files, **last, **{f"../{name}": data for name, data in trackers.items()}}
     if (folder / KEPT).exists():
         small[KEPT] = map_file(folder / KEPT)
     rows = [_row(name, data, bool(hashing)) for name, data in small.items()]
@@ -59,14 +59,15 @@ def write_side_files(
         files[manifest.NAME] = manifest.emit(table)
     for name, data in {**files, **last}.items():
         write_file(folder / name, data, sync)
+    plan.placement.confirm(folder)
     for name, data in trackers.items():
         write_file(work / name, data, sync)
 
 
-def _side_files(plan: ImportPlan) -> dict[str, bytes]:
+def _side_files(plan: ImportPlan) -> Small:
     fields, mesh = plan.model.fields(), plan.mesh
     dtype, dialect = plan.dtype.name, plan.model.dialect
-    files = {
+    files: Small = {
         "common.pt": common_pt(fields, dtype, plan.padded_vocab, mesh.tp, mesh.pp, plan.step, dialect),
         "run_config.yaml": run_config(fields, dtype).encode(),
         "train_state.pt": train_state(plan.step),
@@ -113,7 +114,7 @@ def _trackers(plan: ImportPlan, linked: bool) -> dict[str, bytes]:
 
 def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, Any]]) -> dict[str, Any]:
     original = plan.source.weights.catalog
-    tensors = [
+    tensors = (
         {
             "name": name,
             "dtype": tensor.family.dtype(plan.dtype).safetensors,
@@ -122,7 +123,7 @@ def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, A
             "exact": name in original and original[name].dtype == tensor.family.dtype(plan.dtype),
         }
         for name, tensor in plan.model.hf.items()
-    ]
+    )
     return {
         "format": "transcode-manifest",
         "version": 1,
@@ -145,7 +146,7 @@ def _table(plan: ImportPlan, digests: Mapping[str, str], files: list[dict[str, A
 def restore_table(source: HfDirectory) -> dict[str, Any]:
     """Header bytes of every shard and the index file, packed."""
     headers = {shard.name: manifest.pack(shard.header) for shard in source.shards}
-    return {"headers": headers, "index": manifest.pack(source.index) if source.index is not None else ""}
+    return {"headers": headers, "index": manifest.pack(source.index.data) if source.index is not None else ""}
 
 
 def _is_tokenizer_file(name: str) -> bool:

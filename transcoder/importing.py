@@ -14,8 +14,9 @@ from transcoder.codecs import not_quantised
 from transcoder.dialects import DIALECTS
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
+from transcoder.formats.opening import NOTES, place
+from transcoder.formats.placement import Placement, Wanted
 from transcoder.formats.safetensors import INDEX_NAME
-from transcoder.formats.torch_dist_writer import Placement, TorchDistWriter, Wanted, place
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.mesh import Mesh
 from transcoder.notation import LayoutError
@@ -72,6 +73,7 @@ def plan_import(
     norm_names: str = "",
     mtp: str = "keep",
     follow_links: bool = False,
+    form: str = "torch_dist",
 ) -> ImportPlan:
     """The plan of an import. Raises InputError listing every problem, UsageError for a grid that does not fit."""
     check_layout(layout, divisor)
@@ -88,10 +90,10 @@ def plan_import(
     check_hf(model, catalog, stored, ignored | dropped)
     target = DTYPES[dtype] if dtype else stored
     wanted = [wanted_chunks(tensor, mesh, target) for tensor in model.mcore.values()]
-    placement = place(wanted, model.objects(), mesh.world)
+    placement = place(form, wanted, model.objects(), mesh.world)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
-    notes = tuple(_remarks(source, model, warnings, ignored, dropped))
+    notes = (*_remarks(source, model, warnings, ignored, dropped), *form_notes(placement))
     padded = model.sizes["vocab"] + model.sizes["pad"]
     return ImportPlan(
         source,
@@ -107,6 +109,11 @@ def plan_import(
         tuple(sorted(ignored)),
         notes,
     )
+
+
+def form_notes(placement: Placement) -> list[str]:
+    """What to know of the format that is written."""
+    return [NOTES[placement.form]] if placement.form in NOTES else []
 
 
 def check_layout(layout: str, divisor: int) -> None:
@@ -201,7 +208,7 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
 
     folder = work.out / plan.folder
     work.begin({f"{plan.folder}/{name}": size for name, size in plan.placement.sizes.items()})
-    writer = TorchDistWriter(folder, plan.placement, work.sync)
+    writer = plan.placement.writer(folder, work.sync)
     ledger = Ledger(work.journal, writer.sync if work.sync else None)
     try:
         writer.prepare()

@@ -8,11 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from transcoder.checking import is_hf
 from transcoder.dialects import dialect_of
 from transcoder.errors import InputError
-from transcoder.formats.huggingface import open_hf
-from transcoder.formats.torch_dist import open_torch_dist, read_common
+from transcoder.formats.huggingface import is_hf, open_hf
+from transcoder.formats.opening import open_store
+from transcoder.formats.statefiles import read_common
 from transcoder.hfconfig import architecture_of, read_config
 from transcoder.iterations import find_iteration, notes
 from transcoder.spec import Box, DType
@@ -50,14 +50,14 @@ def _inspect_hf(directory: Path, follow_links: bool) -> dict[str, Any]:
 
 
 def _inspect_megatron(folder: Path) -> dict[str, Any]:
-    store = open_torch_dist(folder)
+    store = open_store(folder)
     keys = [
         _row(key, dtype, shape, [box for box, _ in places], {item.file for _, item in places})
         for key, (dtype, shape, places) in sorted(store.tensors.items())
     ]
     found = read_common(folder).get("args")
     arguments = found if isinstance(found, dict) else {}
-    return _report(folder, "torch_dist", keys) | {
+    return _report(folder, store.form, keys) | {
         "architecture": _architecture(folder),
         "dialect": _dialect(store.tensors),
         "parallel": _parallel(arguments, {name for row in keys for name in row["files"]}),
@@ -100,7 +100,8 @@ def _parallel(arguments: dict[str, Any], files: set[str]) -> dict[str, Any]:
     """What the training arguments say, and how many ranks wrote payloads."""
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size"}
     ranks = {match[1] for name in files if (match := re.match(r"__(\d+)_", name))}
-    return {short: arguments[name] for short, name in names.items() if name in arguments} | {"ranks": len(ranks)}
+    found = {short: arguments[name] for short, name in names.items() if name in arguments}
+    return found | ({"ranks": len(ranks)} if ranks else {})
 
 
 def tree(report: dict[str, Any]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transcoder.disk import there
 from transcoder.errors import InputError, Problem, reason, refuse
+from transcoder.formats.opening import is_checkpoint
 from transcoder.formats.trainstate import step_of
 from transcoder.paths import map_file, open_regular
 
@@ -19,14 +20,14 @@ def find_iteration(path: Path) -> Path:
     """The iteration directory for what the user named. Raises InputError listing what exists."""
     if not path.is_dir():
         raise refuse("not-found", f"{path}: no such directory; give a Megatron checkpoint")
-    if (path / ".metadata").is_file():
+    if is_checkpoint(path):
         return path
     if (path / "metadata.json").is_file():
         message = f"{path} has metadata.json but no .metadata: it is not a complete torch_dist checkpoint"
         raise refuse("unfinished", message)
-    if (path / "dist_ckpt" / ".metadata").is_file():
+    if is_checkpoint(path / "dist_ckpt"):
         return path / "dist_ckpt"
-    existing = sorted(entry.name for entry in path.iterdir() if (entry / ".metadata").is_file())
+    existing = sorted(entry.name for entry in path.iterdir() if is_checkpoint(entry))
     if there(path / TEXT_TRACKER):
         return _tracked(path, existing)
     own = [name for name in existing if not (path / name).is_symlink()]
@@ -62,7 +63,7 @@ def _why_unreadable(folder: Path) -> str:
 
 def notes(path: Path) -> list[str]:
     """What had to be guessed about a directory that `find_iteration` accepts."""
-    given = there(path / ".metadata") or there(path / "dist_ckpt")
+    given = is_checkpoint(path) or is_checkpoint(path / "dist_ckpt")
     if given or there(path / TEXT_TRACKER):
         return []
     return [f"there is no {TEXT_TRACKER}: the only iteration is taken"]

@@ -12,17 +12,22 @@ from transcoder.disk import write_file
 from transcoder.errors import OutputError, Problem, UsageError
 from transcoder.formats.archive import archive
 from transcoder.formats.pickled import dumps
-from transcoder.formats.torch_dist_writer import Placement
+from transcoder.formats.placement import Placement
+from transcoder.formats.torch_dist_writer import TorchDistPlacement
 from transcoder.megatron import Megatron
 from transcoder.planner import Model
 from transcoder.spec import Box, DType, TensorSpec
 
 OBJECTS = "__objects_0.distcp"  # holds the one object, where the source's files have none to point at
+BLOB = archive(dumps([None]))
 Place = tuple[str, int, int]  # file, offset and length of an item
 
 
-def linked_placement(source: Megatron, model: Model, dtype: DType) -> Placement:
+def linked_placement(source: Megatron, model: Model, dtype: DType, form: str) -> TorchDistPlacement:
     """Where the source's own files hold the tensors of `model`. Raises UsageError when bytes would have to change."""
+    if source.store.form != "torch_dist" or form != "torch_dist":
+        problem = Problem(expected="torch_dist on both sides", found=f"{source.store.form} → {form}")
+        raise UsageError("--link: files of this format cannot stay as they are", kind="link", problems=[problem])
     keys = dict(_keys(source, model))
     catalog: dict[str, TensorSpec] = {}
     items: dict[tuple[str, Box], Place] = {}
@@ -45,16 +50,16 @@ def _keys(source: Megatron, model: Model) -> Iterator[tuple[str, str]]:
 
 def _with_objects(
     source: Megatron, model: Model, catalog: dict[str, TensorSpec], items: dict[tuple[str, Box], Place]
-) -> Placement:
-    blob, wanted = archive(dumps([None])), tuple(model.objects())
+) -> TorchDistPlacement:
+    wanted = tuple(model.objects())
     found = {key: source.store.objects[key] for key in wanted if key in source.store.objects}
     places: dict[str, Place] = {key: (item.file, item.offset, item.length) for key, item in found.items()}
-    places |= {key: (OBJECTS, 0, len(blob)) for key in wanted if key not in found}
+    places |= {key: (OBJECTS, 0, len(BLOB)) for key in wanted if key not in found}
     names = sorted({file for file, _, _ in (*items.values(), *places.values())} - {OBJECTS})
     sizes = {name: (source.path / name).stat().st_size for name in names}
     if len(found) < len(wanted):
-        sizes[OBJECTS] = len(blob)
-    return Placement(catalog, items, sizes, {}, wanted, blob, places)
+        sizes[OBJECTS] = len(BLOB)
+    return TorchDistPlacement(catalog, sizes, {}, wanted, items, BLOB, places)
 
 
 def link_files(source: Megatron, placement: Placement, folder: Path, sync: bool) -> None:
@@ -62,7 +67,7 @@ def link_files(source: Megatron, placement: Placement, folder: Path, sync: bool)
     folder.mkdir()
     for name in placement.sizes:
         if name == OBJECTS:
-            write_file(folder / name, placement.blob, sync)
+            write_file(folder / name, BLOB, sync)
         else:
             _link(source.path / name, folder / name)
 
@@ -82,6 +87,6 @@ def known_digests(source: Megatron, placement: Placement) -> tuple[Mapping[str, 
     table = source.manifest or {}
     tensors = {row["name"]: row["tree"] for row in table.get("tensors", [])}
     files = {row["name"]: row["digest"] for row in table.get("files", [])}
-    files[OBJECTS] = f"crc32:{crc32(placement.blob):08x}"
+    files[OBJECTS] = f"crc32:{crc32(BLOB):08x}"
     known = placement.sizes.keys() <= files.keys() and source.model.hf.keys() <= tensors.keys()
     return (tensors, {name: files[name] for name in placement.sizes}) if known else (None, {})

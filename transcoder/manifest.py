@@ -22,30 +22,34 @@ LIMIT = 1 << 30  # bytes
 HEADER_LIMIT = 256 << 20
 
 
-def emit(table: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes, its own digest included: sorted keys, one tensor or file per line, no times."""
-    text = _text({**table, "self": ""})
-    return _text({**table, "self": _digest(text)}).encode()
+def emit(table: Mapping[str, Any]) -> memoryview:
+    """The manifest's bytes, its own digest included: sorted keys, one tensor or file per line, no times.
+
+    Lists may be given as iterators: a line is made when it is its turn.
+    """
+    text, place = bytearray(b"{\n"), 0
+    for number, key in enumerate(sorted({*table, "self"})):
+        text += (b",\n" if number else b"") + f"{json.dumps(key)}: ".encode()
+        place = len(text) + 1 if key == "self" else place
+        for part in _texts("" if key == "self" else table[key]):
+            text += part.encode()
+    text += b"\n}\n"
+    text[place:place] = f"xxh3-128:{xxhash.xxh3_128(text).hexdigest()}".encode()
+    return memoryview(text)
 
 
-def _text(table: Mapping[str, Any]) -> str:
-    lines = []
-    for key in sorted(table):
-        value = table[key]
-        if isinstance(value, list):
-            rows = ",\n".join(f"  {_compact(row)}" for row in value)
-            lines.append(f"{json.dumps(key)}: [\n{rows}\n]")
-        else:
-            lines.append(f"{json.dumps(key)}: {_compact(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+def _texts(value: Any) -> Iterator[str]:
+    if not isinstance(value, list | Iterator):
+        yield _compact(value)
+        return
+    yield "[\n"
+    for number, row in enumerate(value):
+        yield f",\n  {_compact(row)}" if number else f"  {_compact(row)}"
+    yield "\n]"
 
 
 def _compact(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _digest(text: str) -> str:
-    return f"xxh3-128:{xxhash.xxh3_128(text.encode()).hexdigest()}"
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,8 @@ from transcoder.dialects import dialect_of
 from transcoder.disk import there
 from transcoder.errors import Problem, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf, side_files
-from transcoder.formats.torch_dist import TorchDist, open_torch_dist
+from transcoder.formats.opening import open_store
+from transcoder.formats.store import Store
 from transcoder.hfconfig import architecture_of, normalise, read_config
 from transcoder.iterations import find_iteration, notes
 from transcoder.megatronconfig import config_from, stored_fields
@@ -32,7 +33,7 @@ class Megatron:
     """An opened iteration bound to a recipe: every element proved to be there exactly once."""
 
     path: Path
-    store: TorchDist
+    store: Store
     model: Model
     atlas: Atlas
     dtype: DType
@@ -56,7 +57,12 @@ class Megatron:
     @property
     def files(self) -> list[str]:
         """Names of the payload files."""
-        return sorted({chunk.file for spec in self.store.catalog.values() for chunk in spec.chunks})
+        return self.store.files
+
+    @property
+    def everything(self) -> list[str]:
+        """Names of the files that a run reads tensors by."""
+        return [*self.store.index, *self.files]
 
 
 def open_megatron(
@@ -75,7 +81,7 @@ def open_megatron(
     like: names and shapes of the weights whose spelling counts instead of the original's.
     """
     folder = find_iteration(path)
-    store = open_torch_dist(folder)
+    store = open_store(folder)
     table = manifest.read(folder)
     _check_files(folder, table, hf_model is not None)
     reference = _reference(folder, hf_model)
@@ -104,12 +110,12 @@ def open_megatron(
     )
 
 
-def _embedding_rows(store: TorchDist) -> int:
+def _embedding_rows(store: Store) -> int:
     shapes = [s for key, (_, s, _) in store.tensors.items() if key.endswith("embedding.word_embeddings.weight") and s]
     return shapes[0][0] if len(shapes) == 1 else 0
 
 
-def _most_layers(store: TorchDist) -> int:
+def _most_layers(store: Store) -> int:
     return max([len(store.tensors), *(shape[0] for _, shape, _ in store.tensors.values() if shape)])
 
 
@@ -134,7 +140,7 @@ def _reference(folder: Path, hf_model: Path | None) -> Path | None:
     return None
 
 
-def _implied_config(folder: Path, store: TorchDist, arch: str) -> dict[str, Any]:
+def _implied_config(folder: Path, store: Store, arch: str) -> dict[str, Any]:
     """config.json from Megatron's own configuration, for the class that the user names."""
     if not arch:
         hint = "give --hf-model DIR, or the Hugging Face class with --arch NAME"
@@ -144,7 +150,7 @@ def _implied_config(folder: Path, store: TorchDist, arch: str) -> dict[str, Any]
     return config_from(recipe_for(arch), arch, fields, max(set(dtypes), key=dtypes.count))
 
 
-def _one_dtype(model: Model, store: TorchDist) -> DType:
+def _one_dtype(model: Model, store: Store) -> DType:
     """The dtype of all weights, but for those whose rule has another one, too. Raises InputError listing odd ones."""
     stored = {key: dtype for key, (dtype, _, _) in store.tensors.items()}
     common = [stored[key] for key, tensor in model.mcore.items() if not tensor.family.rule.dtype]

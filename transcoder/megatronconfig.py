@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.mcore import SPELLED
-from transcoder.formats.torch_dist import read_common
+from transcoder.formats.statefiles import read_common
 from transcoder.recipe import Field, Recipe, evaluate
 from transcoder.yamltext import read_yaml
 
@@ -29,7 +29,7 @@ def stored_fields(folder: Path) -> dict[str, Any]:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    if not os.path.lexists(path):
+    if not there(path):
         return {}
     table = read_yaml(path)
     model = table.get("model") if isinstance(table, dict) else None

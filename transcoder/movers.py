@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transcoder.engine import Payloads, converted, run_groups, scatter, sent
 from transcoder.errors import Problem, refuse
 from transcoder.fillers import fill, filler_ranges, zeros
-from transcoder.formats.torch_dist_writer import SETS
+from transcoder.formats.placement import SETS
 from transcoder.kernels.casts import finite
 from transcoder.ledger import Ledger, Track
 from transcoder.ordered import Job, Mover, Place, Sequence, move_all, run_ordered

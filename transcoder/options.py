@@ -19,7 +19,7 @@ GRID = [
     click.option(f"--{name}", default=1, show_default=True, help=f"{label} parallel size")
     for name, label in AXES.items()
 ]
-FORM = click.option("--format", "form", default="torch_dist", type=FORMATS, metavar="torch_dist|zarr|zarr3")
+FORM = click.option("--format", default="torch_dist", type=FORMATS, metavar="torch_dist|zarr|zarr3")
 LAYOUT = click.option("--layout", default=None, type=click.Choice(["stacked", "per-layer", "singleton"]), help="keys")
 NORMS = click.Choice(["te", "local"])
 PLACE = [

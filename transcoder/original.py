@@ -10,7 +10,7 @@ from transcoder import manifest
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.huggingface import HfDirectory
-from transcoder.formats.safetensors import INDEX_NAME, Shard, shard_tensors, weight_map
+from transcoder.formats.safetensors import INDEX_NAME, Packed, Shard, packed, shard, weight_map
 from transcoder.hfconfig import parse_json
 from transcoder.paths import plain_name
 
@@ -20,7 +20,7 @@ class Original:
     """Shards with their headers, the index file, and the weights in them; all empty when nothing is known."""
 
     shards: tuple[Shard, ...] = ()
-    index: bytes | None = None
+    index: Packed | None = None
     weights: Weights = Weights({}, {})  # noqa: RUF009 (never changed)
 
     @property
@@ -50,7 +50,7 @@ def kept_headers(table: Mapping[str, Any]) -> tuple[Shard, ...]:
     return tuple(_shard(name, manifest.unpack(text), sizes[name]) for name, text in headers.items())
 
 
-def kept_index(table: Mapping[str, Any]) -> bytes | None:
+def kept_index(table: Mapping[str, Any]) -> Packed | None:
     """The original's index file, which names plain files. Raises InputError."""
     text = table["restore"]["index"]
     if not text:
@@ -62,7 +62,7 @@ def kept_index(table: Mapping[str, Any]) -> bytes | None:
         if isinstance(error, InputError):
             raise
         raise refuse("manifest", "the index that the manifest keeps is damaged", [Problem(file=INDEX_NAME)]) from error
-    return data
+    return packed(data)
 
 
 def _check_tensors(table: Mapping[str, Any], weights: Weights) -> None:
@@ -82,7 +82,7 @@ def _shard(name: str, header: bytes, size: int) -> Shard:
     if not plain_name(name):
         raise refuse("manifest", "a shard's name is not a plain file name", [Problem(file=name)])
     try:
-        return Shard(name, size, header, shard_tensors(name, header, size))
+        return shard(name, header, size)
     except (ValueError, TypeError, RecursionError) as error:
         problem = Problem(file=name, message=str(error))
         raise refuse("manifest", "a header that the manifest keeps is damaged", [problem]) from error

@@ -78,12 +78,12 @@ def read_small(path: Path, limit: int, root: Path | None = None) -> bytes:
         size = length(file)
         if size > limit:
             raise ValueError(f"{size} bytes, the limit is {limit}")
-        data = bytearray()
+        data = bytes(file.read(size))
         while len(data) < size and (piece := file.read(size - len(data))):
             data += piece
         if len(data) < size:
             raise ValueError(f"it ends after {len(data)} of {size} bytes")
-    return bytes(data)
+    return data
 
 
 def length(file: BinaryIO) -> int:

@@ -72,7 +72,12 @@ def next_steps(report: Report) -> Iterator[str]:
     dtype = {"bfloat16": " --bf16", "float16": " --fp16"}.get(report["dtype"], "")
     extra = "".join(f" {flag}" for flag in report["megatron_flags"])
     yield "Load it with"
+    if report["format"] == "zarr3":
+        yield f'  tensorstore      {{"driver": "zarr3", "kvstore": "file://{inner}/KEY/"}}'
+        return
     yield f"  Megatron-LM      pretrain_gpt.py --load {root} --use-checkpoint-args --finetune{dtype}{extra} …"
+    if report["format"] == "zarr":
+        return
     yield f"  Megatron Bridge  checkpoint.pretrained_checkpoint={root}, or bridge.load_megatron_model({inner!r})"
     yield (
         "  verl             actor_rollout_ref.actor.megatron.use_dist_checkpointing=True "

@@ -66,21 +66,23 @@ class Family:
     pairs: tuple[tuple[Pair, ...], ...]  # per Hugging Face side
     unpaired: tuple[tuple[int, Cell], ...]  # Megatron side and cell
 
+    def places(self, side: Side) -> Iterator[tuple[int, ...]]:
+        """Every choice of the axes that the side's name spells, as their values."""
+        return combinations(*(self.layers if axis == "l" else range(self.sizes[axis]) for axis in side.name_axes))
+
     def instances(self, side: Side) -> Iterator[dict[str, int]]:
-        """Every choice of the axes that the side's name spells."""
-        ranges = (self.layers if axis == "l" else range(self.sizes[axis]) for axis in side.name_axes)
-        for values in combinations(*ranges):
-            yield dict(zip(side.name_axes, values, strict=True))
+        """The same, with the names of the axes."""
+        return (dict(zip(side.name_axes, at, strict=True)) for at in self.places(side))
 
     @property
     def parameters(self) -> int:
         """Megatron parameters, one per layer, expert and name."""
-        return 0 if self.rule.alias else sum(1 for side in self.rule.mcore for _ in self.instances(side))
+        return 0 if self.rule.alias else sum(1 for side in self.rule.mcore for _ in self.places(side))
 
     @property
     def tensors(self) -> int:
         """Hugging Face tensors."""
-        return sum(1 for side in self.rule.hf for _ in self.instances(side))
+        return sum(1 for side in self.rule.hf for _ in self.places(side))
 
     def dtype(self, usual: DType) -> DType:
         """The dtype of the rule's Megatron tensors in a model of dtype `usual`."""
@@ -99,7 +101,12 @@ class HfTensor:
     shape: tuple[int, ...]
     family: Family
     part: int
-    index: Mapping[str, int]
+    at: tuple[int, ...]  # values of the axes that its name spells
+
+    @property
+    def index(self) -> dict[str, int]:
+        """The axes that its name spells, with their values."""
+        return dict(zip(self.family.rule.hf[self.part].name_axes, self.at, strict=True))
 
     @property
     def key(self) -> str:
@@ -116,7 +123,12 @@ class McoreTensor:
     shape: tuple[int, ...]
     family: Family
     part: int
-    index: Mapping[str, int]
+    at: tuple[int, ...]  # values of the axes that its name spells
+
+    @property
+    def index(self) -> dict[str, int]:
+        """The axes that its name spells, with their values."""
+        return dict(zip(self.family.mcore[self.part].name_axes, self.at, strict=True))
 
 
 @dataclass(frozen=True)
@@ -136,9 +148,9 @@ class Model:
         for family in self.families:
             for part, side in enumerate(family.rule.hf):
                 shape = side.layout.shape(family.sizes)
-                for index in family.instances(side):
-                    name = side.named(index)
-                    found[name] = HfTensor(name, shape, family, part, index)
+                for at in family.places(side):
+                    name = side.spelled(at)
+                    found[name] = HfTensor(name, shape, family, part, at)
         return found
 
     @cached_property
@@ -148,17 +160,17 @@ class Model:
         for family in (each for each in self.families if not each.rule.alias):
             for part, side in enumerate(family.mcore):
                 shape = side.layout.shape(family.sizes)
-                for index in family.instances(side):
-                    name = side.named(index)
-                    found[name] = McoreTensor(name, shape, family, part, index)
+                for at in family.places(side):
+                    name = side.spelled(at)
+                    found[name] = McoreTensor(name, shape, family, part, at)
         return found
 
     def fillers(self) -> Iterator[tuple[Family, Filler]]:
         """Every cell of every stored tensor that no Hugging Face tensor supplies."""
         for family in self.families:
             for part, cell in family.unpaired:
-                for index in family.instances(family.mcore[part]):
-                    yield family, Filler(family.mcore[part].named(index), cell, family.rule.label)
+                for at in family.places(family.mcore[part]):
+                    yield family, Filler(family.mcore[part].spelled(at), cell, family.rule.label)
 
     def objects(self) -> list[str]:
         """Keys of the `_extra_state` objects that a Transformer Engine model asks for."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from transcoder.errors import PathLike, UsageError
@@ -14,6 +17,18 @@ if TYPE_CHECKING:
     from transcoder.resharding import ReshardPlan
 
 MAX_SHARD = 5_000_000_000  # bytes
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: a plan is a million objects without cycles, which would be looked at again."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def plan_hf2mcore(
@@ -31,19 +46,20 @@ def plan_hf2mcore(
     norm_names: str = "te",
     mtp: str = "keep",
     follow_links: bool = False,
+    format: str = "torch_dist",
 ) -> ImportPlan:
     """The plan of an import, decided and proved from headers and config alone. Raises TranscoderError.
 
     tp, pp, ep, etp: sizes of tensor, pipeline, expert and expert-tensor parallelism. layout: one of the key dialects
     `stacked`, `per-layer` and `singleton`; by default what Megatron itself uses.
     iteration: `both`, `release` or a number. arch: the Hugging Face class, when the config does not name it.
-    mtp: `keep` or `drop` the layers of multi-token prediction.
+    mtp: `keep` or `drop` the layers of multi-token prediction. format: `torch_dist`, `zarr` or `zarr3`.
     """
     from transcoder.importing import plan_import
     from transcoder.mapped import reading
 
     source = place(src)
-    with reading(source):
+    with reading(source), _uncollected():
         return plan_import(
             source,
             Mesh(tp, pp, ep, etp),
@@ -55,6 +71,7 @@ def plan_hf2mcore(
             norm_names=norm_names,
             mtp=mtp,
             follow_links=follow_links,
+            form=format,
         )
 
 
@@ -83,7 +100,7 @@ def plan_mcore2hf(
     if quantize not in ("", "like-source"):
         raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
     layout = "" if expert_layout == "like-source" else expert_layout
-    with reading(source):
+    with reading(source), _uncollected():
         megatron = open_megatron(source, reference, arch, layout, bool(quantize), follow_links=follow_links)
         return plan_export(megatron, dtype=dtype, max_shard=size_of(max_shard_size), quantised=bool(quantize))
 
@@ -103,18 +120,19 @@ def plan_reshard(
     hf_model: PathLike | None = None,
     arch: str = "",
     link: bool = False,
+    format: str = "torch_dist",
 ) -> ReshardPlan:
     """The plan of Megatron → Megatron, decided and proved from metadata alone. Raises TranscoderError.
 
     tp, pp, ep, etp: the new grid. layout, norm_names, dtype: as the source has them, by default. hf_model, arch: as in
     `plan_mcore2hf`, for checkpoints that do not say what they hold. link: hard-link the payload files, where no byte of
-    them has to change; the grid is then only what common.pt says of it.
+    them has to change; the grid is then only what common.pt says of it. format: as in `plan_hf2mcore`.
     """
     from transcoder import resharding
     from transcoder.mapped import reading
 
     source = place(src)
-    with reading(source):
+    with reading(source), _uncollected():
         return resharding.plan_reshard(
             source,
             Mesh(tp, pp, ep, etp),
@@ -126,4 +144,5 @@ def plan_reshard(
             divisor=make_vocab_size_divisible_by,
             iteration=iteration,
             link=link,
+            form=format,
         )

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import DifferenceError, PathLike, Problem
 from transcoder.places import place
-from transcoder.progress import Listener
 
 if TYPE_CHECKING:
     from transcoder.exportplan import ExportPlan
     from transcoder.importing import ImportPlan
+    from transcoder.progress import Listener
     from transcoder.resharding import ReshardPlan
     from transcoder.views import View
 
@@ -113,13 +113,12 @@ def architectures() -> dict[str, Any]:
 
 def open_checkpoint(path: PathLike) -> Any:
     """The catalog of a Hugging Face directory or a Megatron checkpoint: name → TensorSpec. Raises InputError."""
-    from transcoder.checking import is_hf
-    from transcoder.formats.huggingface import open_hf
-    from transcoder.formats.torch_dist import open_torch_dist
+    from transcoder.formats.huggingface import is_hf, open_hf
+    from transcoder.formats.opening import open_store
     from transcoder.iterations import find_iteration
 
     folder = place(path)
-    return open_hf(folder).catalog if is_hf(folder) else open_torch_dist(find_iteration(folder)).catalog
+    return open_hf(folder).catalog if is_hf(folder) else open_store(find_iteration(folder)).catalog
 
 
 def verify_import(plan: ImportPlan, out: Path) -> None:

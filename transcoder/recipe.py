@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from operator import add
 from typing import Any
 
 from transcoder.errors import Problem, refuse
@@ -33,7 +34,7 @@ class Side:
     @property
     def name_axes(self) -> tuple[str, ...]:
         """Axes spelled in the name, in order."""
-        return tuple(match[1] for match in _NAME_AXIS.finditer(self.name))
+        return _spelling(self.name)[1]
 
     def named(self, index: Mapping[str, int]) -> str:
         """The name for one choice of its axes.
@@ -41,7 +42,16 @@ class Side:
         >>> side("model.layers.{l}.a.weight h").named({"l": 3})
         'model.layers.3.a.weight'
         """
-        return _NAME_AXIS.sub(lambda match: str(index[match[1]] + int(match[2] or 0)), self.name)
+        return self.spelled(tuple(index[axis] for axis in self.name_axes))
+
+    def spelled(self, at: tuple[int, ...]) -> str:
+        """The name for the values of `name_axes`.
+
+        >>> side("model.layers.{l}.a.weight h").spelled((3,))
+        'model.layers.3.a.weight'
+        """
+        text, _, starts = _spelling(self.name)
+        return text % (tuple(map(add, at, starts)) if any(starts) else at)
 
     def shifted(self, sizes: Mapping[str, int]) -> Side:
         """The side with numbers for the sizes that its name counts from.
@@ -53,6 +63,19 @@ class Side:
             return self
         name = _NAME_AXIS.sub(lambda match: f"{{{match[1]}+{sizes[match[2]]}}}" if match[2] else match[0], self.name)
         return Side(name, self.layout)
+
+
+@cache
+def _spelling(name: str) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    """A name as a format of numbers, its axes, and where each counts from."""
+    matches = list(_NAME_AXIS.finditer(name))
+    text = _NAME_AXIS.sub("%d", name.replace("%", "%%"))
+    return text, tuple(match[1] for match in matches), tuple(_start(match[2]) for match in matches)
+
+
+def _start(text: str | None) -> int:
+    """A side is spelled once `shifted` has put numbers for sizes."""
+    return int(text) if text and text.isdigit() else 0
 
 
 @dataclass(frozen=True, slots=True)

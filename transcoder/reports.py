@@ -8,13 +8,16 @@ import sys
 import time
 from collections.abc import Iterable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import UsageError
-from transcoder.exportplan import ExportPlan
-from transcoder.importing import ImportPlan
 from transcoder.planner import Model
-from transcoder.resharding import ReshardPlan
+from transcoder.spec import box_shape
+
+if TYPE_CHECKING:
+    from transcoder.exportplan import ExportPlan
+    from transcoder.importing import ImportPlan
+    from transcoder.resharding import ReshardPlan
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -64,6 +67,7 @@ def import_report(plan: ImportPlan, dst: object) -> dict[str, Any]:
         "weights_only": plan.model.weights_only(),
         "iteration": plan.step,
         "folder": plan.folder,
+        "format": plan.placement.form,
         "dtype": plan.dtype.name,
         "megatron_flags": megatron_flags(plan),
         "parallel": {"tp": mesh.tp, "pp": mesh.pp, "ep": mesh.ep, "etp": mesh.etp},
@@ -96,15 +100,16 @@ def export_report(plan: ExportPlan, dst: object, warnings: list[str]) -> dict[st
 
 def rank_parameters(plan: ImportPlan) -> list[dict[str, int]]:
     """Parameters on every (tensor, pipeline) rank, vocabulary padding included, as Megatron's model build counts."""
+    from transcoder.importing import wanted_chunks
+
     sharded = {name: _is_sharded(plan, name) for name in plan.model.mcore}
     width = plan.mesh.stage_ranks
     own: dict[int, int] = {}
     shared: dict[int, int] = {}
-    for name, spec in plan.placement.catalog.items():
-        for chunk in spec.chunks:
-            owner = int(chunk.file[2:].split("_", 1)[0])
+    for name, tensor in plan.model.mcore.items():
+        for box, owner, _ in wanted_chunks(tensor, plan.mesh, plan.dtype).chunks:
             counts, place = (own, owner) if sharded[name] else (shared, owner // width)
-            counts[place] = counts.get(place, 0) + chunk.nbytes // spec.dtype.size
+            counts[place] = counts.get(place, 0) + prod(box_shape(box))
     return [
         {"tp": rank, "pp": stage, "parameters": own.get(stage * width + rank, 0) + shared.get(stage, 0)}
         for stage in range(plan.mesh.pp)

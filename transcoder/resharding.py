@@ -16,19 +16,20 @@ from transcoder.checks import check_coverage
 from transcoder.errors import UsageError
 from transcoder.exportplan import files_below
 from transcoder.formats.huggingface import HfDirectory
-from transcoder.formats.torch_dist_writer import TorchDistWriter, place
-from transcoder.importing import ImportPlan, check_layout, wanted_chunks
+from transcoder.formats.opening import place
+from transcoder.importing import ImportPlan, check_layout, form_notes, wanted_chunks
 from transcoder.linking import known_digests, link_files, linked_placement
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.mesh import Mesh
 from transcoder.planner import HfTensor, Model, build_model
 from transcoder.progress import Tally
 from transcoder.remote.paths import remote
-from transcoder.spec import DTYPES
+from transcoder.spec import DTYPES, DType
 
 if TYPE_CHECKING:
     from transcoder.chunks import CheckedChunks
     from transcoder.engine import Fetch, Sink
+    from transcoder.formats.placement import Placement, Writer
     from transcoder.kept import Kept
     from transcoder.ledger import Ledger, Track
     from transcoder.ordered import Mover
@@ -56,6 +57,7 @@ def plan_reshard(
     divisor: int = 128,
     iteration: int | str = "both",
     link: bool = False,
+    form: str = "torch_dist",
 ) -> ReshardPlan:
     """The plan. layout, norm_names, dtype: as the source has them by default. Raises InputError, UsageError.
 
@@ -67,8 +69,7 @@ def plan_reshard(
     model = _target_model(source, layout, norm_names, 0 if link else mesh.tp * divisor)
     mesh.check(model.limits(), model.sizes["l"])
     target = DTYPES[dtype] if dtype else source.dtype
-    wanted = [] if link else [wanted_chunks(tensor, mesh, target) for tensor in model.mcore.values()]
-    placement = linked_placement(source, model, target) if link else place(wanted, model.objects(), mesh.world)
+    placement = _placement(source, model, mesh, target, form, link)
     atlas = Atlas(placement.catalog)
     check_coverage(model, atlas)
     original = _original(source)
@@ -86,9 +87,16 @@ def plan_reshard(
         atlas,
         iteration,
         (),
-        _notes(source),
+        (*_notes(source), *form_notes(placement)),
     )
     return ReshardPlan(source, plan, link)
+
+
+def _placement(source: Megatron, model: Model, mesh: Mesh, dtype: DType, form: str, link: bool) -> Placement:
+    if link:
+        return linked_placement(source, model, dtype, form)
+    wanted = (wanted_chunks(tensor, mesh, dtype) for tensor in model.mcore.values())
+    return place(form, wanted, model.objects(), mesh.world)
 
 
 def _target_model(source: Megatron, layout: str, norm_names: str, divisor: int) -> Model:
@@ -118,7 +126,7 @@ def reshard_identity(plan: ReshardPlan, options: Mapping[str, Any]) -> dict[str,
     from transcoder.identity import identity
 
     source, original = plan.source, plan.target.source
-    files = [source.path / name for name in (".metadata", *source.files)]
+    files = [source.path / name for name in source.everything]
     files += [original.path / name for name in original.side_files]
     sizes = repr(sorted(plan.target.placement.sizes.items())).encode()
     return identity("reshard", options, dict.fromkeys(files), [sizes])
@@ -134,7 +142,7 @@ def run_reshard(plan: ReshardPlan, work: Work, *, workers: int, tally: Tally, ch
     if plan.link:
         return _run_linked(plan, work, folder, workers, checksums)
     work.begin({f"{target.folder}/{name}": size for name, size in target.placement.sizes.items()})
-    writer = TorchDistWriter(folder, target.placement, work.sync)
+    writer = target.placement.writer(folder, work.sync)
     try:
         writer.prepare()
         digests, warnings = _stream(plan, writer, work, workers, tally)
@@ -159,19 +167,18 @@ def _run_linked(plan: ReshardPlan, work: Work, folder: Path, workers: int, check
 
 
 def _stream(
-    plan: ReshardPlan, writer: TorchDistWriter, work: Work, workers: int, tally: Tally
+    plan: ReshardPlan, writer: Writer, work: Work, workers: int, tally: Tally
 ) -> tuple[dict[str, str], list[str]]:
     """Move every payload byte; the digests of the Hugging Face tensors, and warnings."""
     from transcoder.chunks import CheckedChunks
     from transcoder.exporting import check_filler
     from transcoder.kept import Kept
     from transcoder.ledger import READ, Ledger
+    from transcoder.maps import Maps
     from transcoder.movers import run_places, run_sets
-    from transcoder.paths import extent
 
     source, target, digests = plan.source, plan.target, dict[str, str]()
-    views = {name: extent(source.path / name) for name in source.files}
-    chunks, kept = CheckedChunks(views.__getitem__), Kept(source)
+    chunks, kept = CheckedChunks(Maps(source.path).__getitem__), Kept(source)
     ledger = Ledger(work.journal, writer.sync if work.sync else None)
     ledger.restore(target.placement.catalog, writer.passed)
     ledger.restore(source.store.catalog, chunks.passed, READ)

@@ -122,4 +122,4 @@ def into_files(plan: ImportPlan, work: Work, workers: int, tally: Tally) -> None
     for name in plan.source.side_files:
         write_file(work.out / name, side_file(plan.source.path, name), work.sync)
     if plan.source.index is not None:
-        write_file(work.out / INDEX_NAME, plan.source.index, work.sync)
+        write_file(work.out / INDEX_NAME, plan.source.index.data, work.sync)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 Box = tuple[tuple[int, int], ...]  # per dimension (start, stop), in elements
@@ -64,8 +65,45 @@ class TensorSpec:
         """Payload bytes of the whole tensor."""
         return prod(self.shape) * self.dtype.size
 
+    def known_as(self, name: str, dtype: DType, shape: tuple[int, ...]) -> TensorSpec:
+        """What the same chunks hold, seen otherwise."""
+        return TensorSpec(name, dtype, shape, self.chunks)
+
+
+class Whole(TensorSpec):
+    """A tensor in one chunk, which is made when it is asked for: a model has a hundred thousand of these."""
+
+    __slots__ = ("file", "offset", "stored")
+    file: str
+    offset: int
+    stored: int  # bytes
+
+    def __init__(self, name: str, dtype: DType, shape: tuple[int, ...], file: str, offset: int, stored: int) -> None:
+        put = object.__setattr__
+        put(self, "name", name), put(self, "dtype", dtype), put(self, "shape", shape)
+        put(self, "file", file), put(self, "offset", offset), put(self, "stored", stored)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Its one chunk."""
+        return (Chunk(whole_box(self.shape), self.file, self.offset, self.stored),)
+
+    def known_as(self, name: str, dtype: DType, shape: tuple[int, ...]) -> TensorSpec:
+        """What the same chunk holds, seen otherwise."""
+        return Whole(name, dtype, shape, self.file, self.offset, self.stored)
+
 
 Catalog = Mapping[str, TensorSpec]  # everything a checkpoint contains, by name
+
+
+@lru_cache(maxsize=4096)
+def whole_box(shape: tuple[int, ...]) -> Box:
+    """The box of all elements.
+
+    >>> whole_box((3, 4))
+    ((0, 3), (0, 4))
+    """
+    return tuple((0, extent) for extent in shape)
 
 
 def box_shape(box: Box) -> tuple[int, ...]:
@@ -74,4 +112,4 @@ def box_shape(box: Box) -> tuple[int, ...]:
     >>> box_shape(((2, 5), (0, 4)))
     (3, 4)
     """
-    return tuple(stop - start for start, stop in box)
+    return tuple([stop - start for start, stop in box])  # a list is faster here, and this runs for every chunk

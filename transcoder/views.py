@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from transcoder.checking import is_hf
 from transcoder.chunks import CheckedChunks
 from transcoder.engine import Array, Payloads, bands, converted, received
 from transcoder.errors import InputError
-from transcoder.formats.huggingface import open_hf
+from transcoder.formats.huggingface import is_hf, open_hf
 from transcoder.kept import Kept
 from transcoder.kernels.casts import to_float32
+from transcoder.maps import Maps
 from transcoder.megatron import Megatron, open_megatron
-from transcoder.paths import extent
 from transcoder.spec import DType
 from transcoder.turned import Reader
 
@@ -71,8 +70,7 @@ def hf_view(path: Path, follow_links: bool = False) -> View:
 
 def megatron_view(source: Megatron) -> View:
     """A Megatron checkpoint, gathered through its plan; checksums are compared on the way."""
-    files = {name: extent(source.path / name) for name in source.files}
-    chunks, kept = CheckedChunks(files.__getitem__), Kept(source)
+    chunks, kept = CheckedChunks(Maps(source.path).__getitem__), Kept(source)
     tensors = {name: (source.stored(tensor), tensor.shape) for name, tensor in source.model.hf.items()}
 
     readers: dict[str, Reader] = {}

@@ -56,7 +56,7 @@ class Work:
         _clear(self.out, {self.out / name for name in sizes})
         _check_space(self.out, sizes)
         for name in sizes:
-            (self.out / name).parent.mkdir(exist_ok=True)
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _whole(path: Path, size: int) -> bool:

@@ -230,3 +230,21 @@ def test_mutations_are_read_or_refused(edits):
     except InputError:
         return
     assert stored.start + stored.size <= len(data)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("shape", [(5, 64), (), (3, 0, 2)])
+def test_what_torch_wrote_is_recognised_by_its_bytes(name, shape):
+    data, item = bytearray(saved(rand(name, shape))), module.tensor_item(DTYPES[name], shape)
+    expected = read_tensor(memoryview(data), "x")
+    assert item.read(memoryview(data)) == expected.crc
+    assert (item.payload_offset, item.payload_size) == (expected.start, expected.size)
+    assert item.read(memoryview(data)[:-1]) is None and item.read(memoryview(data + b"\0")) is None
+    accepted = set()
+    for place in range(len(data)):
+        data[place] ^= 16
+        if (found := item.read(memoryview(data))) is not None:
+            accepted.add(place)
+            assert found == read_tensor(memoryview(data), "x").crc
+        data[place] ^= 16
+    assert accepted == set(range(expected.start, expected.start + expected.size))

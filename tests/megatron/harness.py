@@ -22,8 +22,8 @@ def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in dropped} | quiet
 
 
-def _command(world: int, cases: Path) -> list[str]:
-    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+def _command(world: int, cases: Path, python: Path | str) -> list[str]:
+    start = [str(python), "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     return [*start, "--nproc-per-node", str(world), str(WORKER), str(cases)]
 
 
@@ -45,12 +45,21 @@ def _results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def launch(cases: list[dict[str, Any]], world: int, workdir: Path, timeout: float = TIMEOUT) -> list[dict[str, Any]]:
-    """Run the cases on `world` ranks in one launch; AssertionError with everything said when one fails."""
+def launch(
+    cases: list[dict[str, Any]],
+    world: int,
+    workdir: Path,
+    timeout: float = TIMEOUT,
+    python: Path | str = sys.executable,
+) -> list[dict[str, Any]]:
+    """Run the cases on `world` ranks in one launch; AssertionError with everything said when one fails.
+
+    python: the interpreter, whose megatron-core it is.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkstemp(prefix="cases-", suffix=".json", dir=workdir)[1])
     path.write_text(json.dumps(cases))
-    status, output = _run(_command(world, path), timeout)
+    status, output = _run(_command(world, path, python), timeout)
     results = _results(Path(f"{path}.out"))
     failures = [f"{result['case']}\n  " + "\n  ".join(result["failures"]) for result in results if not result["ok"]]
     if status or failures or len(results) != len(cases):

@@ -63,23 +63,32 @@ class Workshop:
     def _model(self, kind: str) -> Path:
         return make_model(kind, self.root / kind, shards=3)
 
-    def _checkpoint(self, kind: str, written: Grid, dtype: str, layout: str, norms: str) -> Path:
-        target = self.root / "-".join(map(str, (kind, *written, dtype, layout, norms)))
-        options = {"dtype": dtype, "layout": layout, "norm_names": norms, "sync": False}
+    def _checkpoint(self, kind: str, written: Grid, dtype: str, layout: str, norms: str, form: str) -> Path:
+        target = self.root / "-".join(map(str, (kind, *written, dtype, layout, norms, form)))
+        options = {"dtype": dtype, "layout": layout, "norm_names": norms, "format": form, "sync": False}
         transcoder.hf2mcore(self.model(kind), target, **sizes(written), **options)
         return target / "iter_0000000"
 
     def load_case(
-        self, kind: str, written: Grid, grid: Grid, spec: str, dtype: str = "", layout: str = ""
+        self,
+        kind: str,
+        written: Grid,
+        grid: Grid,
+        spec: str,
+        dtype: str = "",
+        layout: str = "",
+        form: str = "torch_dist",
     ) -> dict[str, Any]:
         """A worker's case: load what was written at one grid into a model at another."""
         norms = "local" if spec == "local" and kind in EXPERT_KINDS else "te"
-        files = {"hf": str(self.model(kind)), "ckpt": str(self.checkpoint(kind, written, dtype, layout, norms))}
+        files = {"hf": str(self.model(kind)), "ckpt": str(self.checkpoint(kind, written, dtype, layout, norms, form))}
         model = {**sizes(grid), "spec": spec, "strict": STRICT[spec]}
         return {"action": "load", **files, **model, "dtype": dtype or "float32"}
 
-    def save_case(self, kind: str, grid: Grid, spec: str, dialect: str) -> dict[str, Any]:
-        """A worker's case: megatron saves this model at a grid, in a dialect of keys."""
-        target = self.root / "-".join(map(str, (kind, spec, dialect, *grid))) / "iter_0000000"
-        model = {**sizes(grid), "spec": spec, "dialect": dialect}
+    def save_case(
+        self, kind: str, grid: Grid, spec: str, dialect: str, form: str = "torch_dist", dtype: str = "float32"
+    ) -> dict[str, Any]:
+        """A worker's case: megatron saves this model at a grid, in a dialect of keys and a format."""
+        target = self.root / "-".join(map(str, (kind, spec, dialect, form, dtype, *grid))) / "iter_0000000"
+        model = {**sizes(grid), "spec": spec, "dialect": dialect, "format": form, "dtype": dtype}
         return {"action": "save", "hf": str(self.model(kind)), "ckpt": str(target), **model}

@@ -152,7 +152,8 @@ def _mixture(grouped: bool) -> ModuleSpec:
     groups = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
     experts = ModuleSpec(TEGroupedMLP, submodules=groups) if grouped else ModuleSpec(SequentialMLP, submodules=plain)
     shared = ModuleSpec(SharedExpertMLP, submodules=plain)
-    parts = MoESubmodules(experts=experts, shared_experts=shared, router=HFRouter)
+    router = {"router": HFRouter} if hasattr(MoESubmodules, "router") else {}  # 0.15 has its own alone
+    parts = MoESubmodules(experts=experts, shared_experts=shared, **router)
     return ModuleSpec(module=MoELayer, submodules=parts)
 
 

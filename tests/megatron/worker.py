@@ -8,6 +8,8 @@ import logging
 import sys
 import time
 import traceback
+import warnings
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ torch.set_num_threads(1)
 
 from transcoder.mesh import Mesh  # noqa: E402, I001
 from transcoder.runtime.model import build_model, mpu, stage_forward  # noqa: E402
-from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core import dist_checkpointing, model_parallel_config  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from models import read_config  # noqa: E402
@@ -33,6 +35,10 @@ from standins import te_grouped_layers, te_layers  # noqa: E402
 if importlib.util.find_spec("psutil") is None:
     filesystem_async._process_memory = lambda: 0
 
+# 0.15.3 warns of experts over tensor-parallel ranks through a module that it forgot to import.
+model_parallel_config.warnings = warnings
+
+PATIENCE = timedelta(seconds=60)
 DIALECTS: dict[str, dict[str, Any]] = {
     "stacked": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     "per-layer": {"non_homogeneous_layers": True},
@@ -144,7 +150,7 @@ def run_load(case: dict[str, Any], out: dict[str, Any]) -> list[str]:
     model, oracle = build(case)
     load(model, case)
     out["parameters"] = len(list(model.parameters()))
-    if case.get("dtype", "float32") == "float32":
+    if case.get("logits", case.get("dtype", "float32") == "float32"):
         measure_logits(model, case, out)
     return compare(model, oracle) + check_logits(out) + check_arguments(model.config, case)
 
@@ -166,7 +172,8 @@ def run_save(case: dict[str, Any], out: dict[str, Any]) -> list[str]:
     state = {"checkpoint_version": 3.0, "iteration": 0, "model": model.sharded_state_dict(metadata=dict(metadata))}
     Path(case["ckpt"]).mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(state, case["ckpt"], content_metadata=metadata)
+    backend = (case.get("format", "torch_dist"), 1)
+    dist_checkpointing.save(state, case["ckpt"], sharded_strategy=backend, content_metadata=metadata)
     dist.barrier()
     out["parameters"] = len(list(model.parameters()))
     return []
@@ -182,6 +189,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         failures = ACTIONS[case["action"]](case, out)
     except Exception:
         failures = [traceback.format_exc()]
+        print(failures[0], file=sys.stderr, flush=True)  # the other ranks may wait for this one in vain
     return {"failures": [f"rank {dist.get_rank()}: {text}" for text in failures], **out}
 
 
@@ -199,7 +207,7 @@ def main(path: str) -> int:
     """Run every case; results go to PATH.out as JSON lines."""
     logging.disable(logging.WARNING)
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     good = True
     with Path(f"{path}.out").open("w") if dist.get_rank() == 0 else Path("/dev/null").open("w") as sink:
         for case in json.loads(Path(path).read_text()):

@@ -110,7 +110,7 @@ def archive(pickle: bytes, payloads: Sequence[bytes] = ()) -> bytes:
 class TensorItem:
     """The bytes around one tensor's payload: `prefix` before it, `suffix(crc)` after it."""
 
-    __slots__ = ("_crc_at", "_suffix", "length", "payload_offset", "payload_size", "prefix")
+    __slots__ = ("_crc_at", "_id_at", "_id_crcs", "_suffix", "length", "payload_offset", "payload_size", "prefix")
 
     def __init__(self, pickle: bytes, payload_size: int) -> None:
         records = _records(pickle, [("data/0", payload_size, 0, b"")])
@@ -118,16 +118,32 @@ class TensorItem:
         self.prefix, tail = b"".join(parts[:13]), b"".join(parts[13:])
         self._suffix = tail + rest
         self._crc_at = len(tail) + rest.index(b"archive/data/0") - 30  # in the central header
+        self._id_at = tail.rindex(SERIALIZATION_ID)
+        self._id_crcs = self._id_at + 44, len(tail) + rest.index(b"archive/.data/serialization_id") - 30
         self.payload_offset, self.payload_size = len(self.prefix), payload_size
         self.length = self.payload_offset + payload_size + len(self._suffix)
 
-    def suffix(self, crc: int) -> bytes:
-        """The bytes after a payload whose CRC-32 is `crc`."""
+    def suffix(self, crc: int, identity: bytes = b"") -> bytes:
+        """The bytes after a payload whose CRC-32 is `crc`. identity: 40 bytes that torch draws from the content."""
         found, value = bytearray(self._suffix), crc.to_bytes(4, "little")
         found[self._crc_at : self._crc_at + 4] = value
         if self.payload_size:
             found[4:8] = value
+        if identity:
+            found[self._id_at : self._id_at + 40] = identity
+            for place in self._id_crcs:
+                found[place : place + 4] = crc32(identity).to_bytes(4, "little")
         return bytes(found)
+
+    def read(self, view: memoryview) -> int | None:
+        """The payload's CRC-32 as an archive records it that has exactly these bytes around the payload, else None."""
+        end = self.payload_offset + self.payload_size
+        if len(view) != self.length or view[: self.payload_offset] != self.prefix:
+            return None
+        suffix = view[end:]
+        crc = int.from_bytes(suffix[self._crc_at : self._crc_at + 4], "little")
+        same = suffix == self.suffix(crc, bytes(suffix[self._id_at : self._id_at + 40]))
+        return crc if same and (self.payload_size or not crc) else None
 
 
 def layout(pickle_size: int, payload_size: int) -> tuple[int, int]:

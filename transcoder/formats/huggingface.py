@@ -14,9 +14,18 @@ from typing import Any
 from transcoder.codecs import Weights, weights_of
 from transcoder.disk import there
 from transcoder.errors import LISTED_PROBLEMS, Problem, reason, refuse
-from transcoder.formats.safetensors import INDEX_LIMIT, INDEX_NAME, SINGLE_NAME, Shard, read_index, read_shard
-from transcoder.hfconfig import read_config
-from transcoder.paths import length, open_regular, read_small
+from transcoder.formats.safetensors import (
+    INDEX_LIMIT,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Packed,
+    Shard,
+    packed,
+    read_shard,
+    weight_map,
+)
+from transcoder.hfconfig import raw_json, read_config
+from transcoder.paths import length, open_regular
 from transcoder.spec import TensorSpec
 
 SIDE_LIMIT, SIDE_TOTAL = 64 << 20, 256 << 20  # bytes of one side file, and of all
@@ -50,7 +59,7 @@ class HfDirectory:
     path: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
-    index: bytes | None
+    index: Packed | None
     side_files: tuple[str, ...]
     warnings: tuple[str, ...]
     follow_links: bool = False  # whether shards may be links that lead out of the directory
@@ -64,6 +73,11 @@ class HfDirectory:
     def weights(self) -> Weights:
         """What the tensors mean: quantised ones joined with their scales. Raises InputError when one lacks them."""
         return weights_of(self.catalog, self.config)
+
+
+def is_hf(directory: Path) -> bool:
+    """Whether the directory is a Hugging Face one, by its marker file."""
+    return there(directory / "config.json") and not there(directory / ".metadata")
 
 
 def open_hf(path: Path, follow_links: bool = False) -> HfDirectory:
@@ -91,9 +105,10 @@ def _remarks(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(halves)} downloads into this directory are unfinished, {halves[0]} among them"
 
 
-def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | None]:
+def _shard_names(path: Path) -> tuple[list[str], Packed | None, dict[str, str] | None]:
     if there(path / INDEX_NAME):
-        weights = read_index(path / INDEX_NAME)
+        index, table = raw_json(path / INDEX_NAME, INDEX_LIMIT)
+        weights = weight_map(table, INDEX_NAME)
         names = sorted(set(weights.values()))
         missing = [
             Problem(file=name, expected="a shard that the index names", found="no such file")
@@ -102,7 +117,7 @@ def _shard_names(path: Path) -> tuple[list[str], bytes | None, dict[str, str] | 
         ]
         if missing:
             raise refuse("missing-shard", "shards are missing: the download may be incomplete", missing)
-        return names, read_small(path / INDEX_NAME, INDEX_LIMIT), weights
+        return names, packed(index), weights
     if there(path / SINGLE_NAME):
         return [SINGLE_NAME], None, None
     problem = Problem(

@@ -5,6 +5,7 @@ Fields as measured with Megatron-LM 0.15-main and Megatron Bridge 0.3.1: without
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,6 @@ from transcoder.formats.archive import archive, tensor_record
 from transcoder.formats.pickles import Global, Pairs, Record, dumps
 from transcoder.spec import DTYPES
 
-METADATA_JSON = (
-    b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
-    b'"common_backend": "torch", "common_backend_version": 1}'
-)
 # What makes a loading model ask for the keys of each dialect; a file that lies here cannot be loaded.
 CONTENT: dict[str, dict[str, object]] = {
     "stacked": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
@@ -38,6 +35,14 @@ SPELLED = {
 }
 ONLY_FIELDS = ("vocab_size", "share_embeddings_and_output_weights", "activation_func", "rotary_base_local", "_target_")
 SILU = "torch.nn.functional.silu"
+
+
+def metadata_json(backend: str) -> bytes:
+    """The file that names the format; without it nothing accepts the directory."""
+    fields = {"sharded_backend": backend, "sharded_backend_version": 1}
+    return json.dumps({**fields, "common_backend": "torch", "common_backend_version": 1}).encode()
+
+
 SQUARED_RELU = "megatron.core.activations.squared_relu"
 
 

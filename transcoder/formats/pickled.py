@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from transcoder.errors import TranscoderError, refuse
 
@@ -90,23 +91,31 @@ def dumps(value: object, protocol: int = 2) -> bytes:
     >>> dumps({"a": [1, None]}, 4)
     b'\\x80\\x04}\\x8c\\x01a\\x94](K\\x01Nes.'
     """
+    return bytes(dumped(value, protocol))
+
+
+def dumped(value: object, protocol: int = 2) -> memoryview:
+    """The same without a copy of what may be large."""
     if protocol not in (2, 4):
         raise TranscoderError(f"pickle protocol {protocol} is not written")
-    writer = _Writer(protocol)
+    writer = Writer(protocol)
+    writer.out += bytes([0x80, protocol])
     writer.save(value)
-    return b"\x80" + bytes([protocol]) + bytes(writer.out) + b"."
+    writer.out += b"."
+    return memoryview(writer.out)
 
 
-class _Writer:
+class Writer:
     """Collects the bytes of a pickle; `memo` holds the opcodes that fetch a value written before."""
 
-    __slots__ = ("count", "memo", "names", "out", "protocol")
+    __slots__ = ("count", "forms", "memo", "names", "out", "protocol")
 
     def __init__(self, protocol: int) -> None:
         self.protocol, self.count = protocol, 0
         self.out = bytearray()
         self.memo: dict[object, bytes] = {}
         self.names: dict[int, tuple[bytes, Global]] = {}
+        self.forms: dict[object, Any] = {}  # what `forms` compiles
 
     def save(self, value: object) -> None:
         """Write any value."""
@@ -152,25 +161,32 @@ def _indexed(short: bytes, long: bytes, index: int) -> bytes:
     return short + bytes([index]) if index < 256 else long + index.to_bytes(4, "little")
 
 
-def _save_int(w: _Writer, value: int) -> None:
+def integer(value: int) -> bytes:
+    """The opcode that pushes an integer, as small as it can be."""
     if 0 <= value < 256:
-        w.out.extend(b"K" + value.to_bytes(1, "little"))
-    elif 0 <= value < 65536:
-        w.out.extend(b"M" + value.to_bytes(2, "little"))
-    elif -(1 << 31) <= value < 1 << 31:
-        w.out.extend(b"J" + value.to_bytes(4, "little", signed=True))
-    else:
-        _save_long(w, value)
-
-
-def _save_long(w: _Writer, value: int) -> None:
+        return b"K" + value.to_bytes(1, "little")
+    if 0 <= value < 65536:
+        return b"M" + value.to_bytes(2, "little")
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
     size = (value if value >= 0 else ~value).bit_length() // 8 + 1
     if size > INT_LIMIT:
         raise TranscoderError(f"an integer of {size} bytes cannot be pickled")
-    w.out.extend(b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True))
+    return b"\x8a" + bytes([size]) + value.to_bytes(size, "little", signed=True)
 
 
-def _save_str(w: _Writer, value: str) -> None:
+def _save_int(w: Writer, value: int) -> None:
+    w.out.extend(integer(value))
+
+
+def integers(values: tuple[int, ...]) -> bytes:
+    """A tuple of integers without the memo slot that it has at protocol 2."""
+    if not values:
+        return b")"
+    return (b"(" if len(values) > 3 else b"") + b"".join(map(integer, values)) + _TUPLE.get(len(values), b"t")
+
+
+def _save_str(w: Writer, value: str) -> None:
     if value in w.memo:
         w.out.extend(w.memo[value])
         return
@@ -180,14 +196,14 @@ def _save_str(w: _Writer, value: str) -> None:
     w.shared(value)
 
 
-def _save_bytes(w: _Writer, value: bytes) -> None:
+def _save_bytes(w: Writer, value: bytes) -> None:
     if w.protocol >= 4:
         w.out.extend(b"B" + len(value).to_bytes(4, "little") + value)
     else:
         _save_record(w, Record(ENCODE, (value.decode("latin1"), "latin1")))
 
 
-def _save_global(w: _Writer, value: Global) -> None:
+def _save_global(w: Writer, value: Global) -> None:
     if known := w.names.get(id(value)):
         w.out.extend(known[0])
         return
@@ -204,7 +220,7 @@ def _save_global(w: _Writer, value: Global) -> None:
     w.shared(value)
 
 
-def _save_tuple(w: _Writer, value: tuple[object, ...]) -> None:
+def _save_tuple(w: Writer, value: tuple[object, ...]) -> None:
     if not value:
         w.out.extend(b")")
         return
@@ -219,19 +235,19 @@ def _save_tuple(w: _Writer, value: tuple[object, ...]) -> None:
 _TUPLE = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 
 
-def _save_list(w: _Writer, value: list[object]) -> None:
+def _save_list(w: Writer, value: list[object]) -> None:
     w.out.extend(b"]")
     w.container()
     w.batches(value, b"a", b"e")
 
 
-def _save_pairs(w: _Writer, value: Collection[tuple[object, object]]) -> None:
+def _save_pairs(w: Writer, value: Collection[tuple[object, object]]) -> None:
     w.out.extend(b"}")
     w.container()
     w.batches(value, b"s", b"u")
 
 
-def _save_record(w: _Writer, value: Record) -> None:
+def _save_record(w: Writer, value: Record) -> None:
     _save_global(w, value.callable)
     _save_tuple(w, value.args)
     w.out.extend(b"R" if value.state is None else b"\x81")
@@ -242,7 +258,7 @@ def _save_record(w: _Writer, value: Record) -> None:
         w.out.extend(b"b")
 
 
-def _save_persistent(w: _Writer, value: Persistent) -> None:
+def _save_persistent(w: Writer, value: Persistent) -> None:
     w.save(value.value)
     w.out.extend(b"Q")
 

@@ -44,6 +44,9 @@ def measured(data: bytes | memoryview, names: Names | None, subject: str) -> tup
     return value, machine.pos + 1
 
 
+_CALLED = {(known.module, known.name): known for known in (SIZE, ENCODE)}  # told apart by identity
+
+
 class _Machine:
     """State of the interpreter: `stack` holds what was pushed since the last mark, `marks` the stacks below."""
 
@@ -99,7 +102,7 @@ class _Machine:
             raise refuse("pickle", "a name is not a string")
         if self.names is not None and (module, name) not in self.names:
             raise refuse("pickle", f"the name {brief(f'{module}.{name}')} is not allowed")
-        return SIZE if (module, name) == (SIZE.module, SIZE.name) else Global(module, name)
+        return _CALLED.get((module, name)) or Global(module, name)
 
 
 def _rare(m: _Machine) -> None:
@@ -132,25 +135,54 @@ _push("\x89", lambda m: False)
 _push(")", lambda m: ())
 _push("]", lambda m: [])
 _push("}", lambda m: Pairs())
-_push("M", lambda m: m.size(2))
-_push("J", lambda m: int.from_bytes(m.take(4), "little", signed=True))
 _push("\x8a", lambda m: int.from_bytes(m.take(m.size(1), INT_LIMIT), "little", signed=True))
 _push("G", lambda m: struct.unpack(">d", m.take(8))[0])
 _push("X", lambda m: m.take(m.size(4)).decode("utf-8", "surrogatepass"))
 _push("C", lambda m: m.take(m.size(1)))
 _push("B", lambda m: m.take(m.size(4)))
 _push("c", lambda m: m.name(m.line(), m.line()))
-_push("j", lambda m: m.memo[m.size(4)])
 _push("t", lambda m: tuple(m.since_mark()))
-HANDLERS[ord("q")] = lambda m: m.put(m.size(1))
-HANDLERS[ord("r")] = lambda m: m.put(m.size(4))
 _push("Q", lambda m: Persistent(m.stack.pop()))
+
+
+_HALF, _WORD = struct.Struct("<H").unpack_from, struct.Struct("<I").unpack_from
+_SIGNED = struct.Struct("<i").unpack_from
 
 
 @_opcode("K")
 def _byte(m: _Machine) -> None:
     m.stack.append(m.data[m.pos])
     m.pos += 1
+
+
+@_opcode("M")
+def _half(m: _Machine) -> None:
+    m.stack += _HALF(m.data, m.pos)
+    m.pos += 2
+
+
+@_opcode("J")
+def _signed(m: _Machine) -> None:
+    m.stack += _SIGNED(m.data, m.pos)
+    m.pos += 4
+
+
+@_opcode("q")
+def _put(m: _Machine) -> None:
+    m.put(m.data[m.pos])
+    m.pos += 1
+
+
+@_opcode("r")
+def _long_put(m: _Machine) -> None:
+    m.put(_WORD(m.data, m.pos)[0])
+    m.pos += 4
+
+
+@_opcode("j")
+def _long_get(m: _Machine) -> None:
+    m.stack.append(m.memo[_WORD(m.data, m.pos)[0]])
+    m.pos += 4
 
 
 @_opcode("\x8c")
@@ -228,7 +260,7 @@ def _reduce(m: _Machine) -> None:
     target = m.stack[-2]
     if target is SIZE and type(args) is tuple:
         m.stack[-2:] = [_size(args)]
-    elif target == ENCODE and type(args) is tuple:
+    elif target is ENCODE and type(args) is tuple:
         m.stack[-2:] = [_encode(args)]
     else:
         _new(m)

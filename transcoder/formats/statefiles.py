@@ -1,4 +1,4 @@
-"""What lies beside the plan of a `torch_dist` checkpoint, as plain values: common.pt and metadata.json."""
+"""What lies beside the tensors of a checkpoint, as plain values: common.pt and metadata.json."""
 
 from __future__ import annotations
 
@@ -16,14 +16,22 @@ from transcoder.paths import map_file
 from transcoder.remote.paths import remote
 
 BACKENDS: dict[str, object] = {
-    "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
 
 
-def backend_notes(path: Path) -> Iterator[str]:
+def backend_of(path: Path) -> object:
+    """The format that metadata.json names; None where it names none or cannot be read."""
+    try:
+        table = read_json(path / "metadata.json", 1 << 20)
+    except InputError:
+        return None
+    return table.get("sharded_backend") if isinstance(table, dict) else None
+
+
+def backend_notes(path: Path, backend: str) -> Iterator[str]:
     """Refuse a metadata.json of another format; megatron-core itself needs the file."""
     if not there(path / "metadata.json"):
         if remote(path):  # where it is written last
@@ -31,7 +39,7 @@ def backend_notes(path: Path) -> Iterator[str]:
         yield "there is no metadata.json: megatron-core will not load this checkpoint"
         return
     table = read_json(path / "metadata.json", 1 << 20)
-    for field, wanted in BACKENDS.items():
+    for field, wanted in {"sharded_backend": backend, **BACKENDS}.items():
         found = table.get(field, wanted if field != "sharded_backend" else None) if isinstance(table, dict) else table
         if found != wanted or type(found) is not type(wanted):
             problem = Problem(file="metadata.json", expected=f"{field} {wanted}", found=f"{found!r:.80}")

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.errors import Problem, printable, refuse
-from transcoder.formats.archive import read_tensor
+from transcoder.formats.archive import read_tensor, tensor_item
 from transcoder.formats.pickles import Global, Pairs, Record, measured
 from transcoder.formats.statefiles import backend_notes, dialect_notes
 from transcoder.formats.statefiles import read_common as read_common
+from transcoder.formats.store import Item, Store, training_state
 from transcoder.paths import Extent, extent, map_file
 from transcoder.remote.frames import Frame, ahead, framed
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
@@ -48,27 +49,14 @@ _FIELDS = {
     "MetadataIndex": ("fqn", "offset", "index"),
     "_StorageInfo": ("relative_path", "offset", "length", "transform_descriptors"),
 }
-TRAINING_STATE = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """Where an item lies: file, offset and length in bytes."""
-
-    file: str
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
-class TorchDist:
-    """An opened checkpoint: weight tensors with their chunks, objects, and what is not weights."""
+class TorchDist(Store):
+    """An opened checkpoint of this format."""
 
-    path: Path
-    tensors: Mapping[str, tuple[DType, tuple[int, ...], tuple[tuple[Box, Item], ...]]]
-    objects: Mapping[str, Item]
-    ignored: Mapping[str, int]  # training-state prefix → number of keys
-    warnings: tuple[str, ...] = ()
+    form = "torch_dist"
+    index = (".metadata",)
 
     @cached_property
     def catalog(self) -> dict[str, TensorSpec]:
@@ -99,6 +87,10 @@ class TorchDist:
                 [Problem(file=item.file, tensor=key, expected=f"{item.offset + item.length} bytes", found=found)],
             )
         data = framed(view, item.offset, item.length, dtype, box_shape(box))
+        if prod(box_shape(box)) * dtype.size < len(data):
+            usual = tensor_item(dtype, box_shape(box))
+            if (crc := usual.read(data)) is not None:
+                return Chunk(box, item.file, item.offset + usual.payload_offset, usual.payload_size, crc)
         stored = read_tensor(data, f"{printable(item.file)}: {printable(key)}")
         if (stored.dtype, stored.shape) != (dtype, box_shape(box)):
             expected, found = f"{dtype.name} {list(box_shape(box))}", f"{stored.dtype.name} {list(stored.shape)}"
@@ -117,7 +109,7 @@ def open_torch_dist(path: Path) -> TorchDist:
         raise refuse("metadata", ".metadata is too large", [Problem(file=".metadata", found=f"{len(data)} bytes")])
     root, length = measured(data, METADATA_NAMES, ".metadata")
     notes = [f".metadata has {len(data) - length} bytes behind its end"] if length < len(data) else []
-    notes += backend_notes(path)
+    notes += backend_notes(path, TorchDist.form)
     content = read_common(path).get("content_metadata")
     try:
         store = _opened(path, root)
@@ -136,8 +128,7 @@ def _opened(path: Path, root: object) -> TorchDist:
     places = _storage(fields["storage_data"])
     tensors, objects, ignored = {}, {}, defaultdict[str, int](int)
     for key, value in _pairs(fields["state_dict_metadata"]):
-        prefix = next((p for p in TRAINING_STATE if key.startswith(p)), "")
-        if prefix:
+        if prefix := training_state(key):
             ignored[prefix] += 1
         elif value.callable.name == "TensorStorageMetadata":
             tensors[key] = _tensor(key, value, places)

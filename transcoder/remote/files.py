@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from transcoder.remote.store import Entry
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from transcoder.remote.paths import RemotePath
 
 PIECE = 8 << 20  # bytes of one request

@@ -10,7 +10,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -23,6 +22,8 @@ from transcoder.remote.errors import explained
 from transcoder.remote.store import Entry, Failed, Store, tried
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from transcoder.remote.files import RemoteFile, RemoteReader
     from transcoder.remote.outbox import Outbox
     from transcoder.remote.uploads import Upload
@@ -41,10 +42,13 @@ class Bucket:
         self.outbox: Outbox | None = None
         self.stop = Event()  # set when nothing is worth waiting for any more
         self._listed: dict[str, dict[str, Entry]] = {}
+        self._inside: dict[str, dict[str, list[str]]] = {}
 
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
         """Threads for requests that need not wait for each other."""
+        from concurrent.futures import ThreadPoolExecutor
+
         return ThreadPoolExecutor(READERS, thread_name_prefix="remote")
 
     def asked(self, call: Callable[[], T], key: str) -> T:
@@ -67,6 +71,23 @@ class Bucket:
             found |= {key: Entry(len(data), HELD) for key, data in self.outbox.held.items() if key.startswith(prefix)}
         self._listed[prefix] = found
         return found
+
+    def inside(self, prefix: str) -> list[str]:
+        """Names of what lies in a folder, whose prefix ends in a slash, in order."""
+        entries = self.listed(prefix)
+        known = next(known for known in self._listed if prefix.startswith(known))
+        if known not in self._inside:
+            table: dict[str, dict[str, None]] = {}
+            for key in entries:
+                while key:
+                    folder, _, name = key.rpartition("/")
+                    above = f"{folder}/" if folder else ""
+                    if name in table.setdefault(above, {}):
+                        break
+                    table[above][name] = None
+                    key = folder
+            self._inside[known] = {folder: sorted(filter(None, names)) for folder, names in table.items()}
+        return self._inside[known].get(prefix, [])
 
     def read(self, key: str, start: int, stop: int, etag: str) -> bytes:
         """The bytes [start, stop) of a version of an object. Raises InputError or OutputError."""
@@ -93,6 +114,7 @@ class Bucket:
     def forget(self) -> None:
         """What was listed may have changed."""
         self._listed.clear()
+        self._inside.clear()
 
 
 class RemotePath:
@@ -162,7 +184,7 @@ class RemotePath:
 
     def is_dir(self) -> bool:
         """Whether there are objects below it."""
-        return any(key.startswith(self._prefix) for key in self.bucket.listed(self._prefix))
+        return bool(self.bucket.inside(self._prefix))
 
     def exists(self) -> bool:
         """Whether it is either."""
@@ -196,12 +218,7 @@ class RemotePath:
 
     def iterdir(self) -> Iterator[RemotePath]:
         """What lies in it, in order."""
-        names = {
-            key[len(self._prefix) :].partition("/")[0]
-            for key in self.bucket.listed(self._prefix)
-            if key.startswith(self._prefix)
-        }
-        return (self / name for name in sorted(names) if name)
+        return (self / name for name in self.bucket.inside(self._prefix))
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """Those whose names match a pattern without slashes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,13 +87,15 @@ def tried(call: Callable[[], T], stop: Event | None = None) -> T:
 
     stop: ends the waiting. Raises Failed.
     """
+    from random import uniform
+
     stop = stop or Event()
     began, pause = time.monotonic(), FIRST_PAUSE
     for left in reversed(range(TRIES)):
         try:
             return call()
         except Failed as failure:
-            wait = max(failure.after, pause * random.uniform(0.5, 1.0))
+            wait = max(failure.after, pause * uniform(0.5, 1.0))
             late = time.monotonic() - began + wait > TOTAL_SECONDS
             if failure.kind != "transient" or not left or late or stop.wait(wait):
                 raise

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from transcoder.errors import Problem, refuse
 from transcoder.formats.mcore import SILU, SQUARED_RELU
-from transcoder.formats.torch_dist import open_torch_dist
+from transcoder.formats.opening import open_store
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.megatronconfig import stored_fields
 from transcoder.planner import Model
@@ -109,7 +109,7 @@ def stored_model(folder: Path) -> Fields:
         raise unsupported(", ".join(f"{name} {fields[name]}" for name in used), "a configuration without these")
     if fields.get("normalization") != "RMSNorm" or "num_layers" not in fields:
         raise unsupported(f"normalization {fields.get('normalization')}", "RMSNorm")
-    tensors = open_torch_dist(folder).tensors
+    tensors = open_store(folder).tensors
     norms = [shape[-1] for key, (_, shape, _) in tensors.items() if key.endswith("q_layernorm.weight")]
     return _of_attention(fields) | {"wide_qk_norm": any(width != fields["kv_channels"] for width in norms)}
 

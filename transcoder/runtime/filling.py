@@ -20,6 +20,7 @@ from transcoder.spec import Chunk, DType
 
 BAND = 4 << 20  # bytes of the buffer
 ROW = 512  # bytes: shorter rows are read with what lies between them
+OPEN = 256  # files at once
 LONG = 64 << 10  # bytes: shorter rows without gaps are read together
 
 
@@ -98,8 +99,10 @@ class Reader:
 
     def _file(self, name: str) -> int:
         if name not in self._files:
+            if len(self._files) >= OPEN:
+                self._files.pop(next(iter(self._files))).close()
             try:
-                self._files[name] = open_regular(self._folder / name, self._follow_links)
+                self._files[name] = open_regular(self._folder / name, self._follow_links, self._folder)
             except (OSError, ValueError) as error:
                 raise refuse("file", "a file cannot be read", [Problem(str(error), name)]) from error
         return int(self._files[name].fileno())

@@ -1,4 +1,4 @@
-"""Fills parameter memory from a torch_dist checkpoint: stored boxes against this rank's boxes."""
+"""Fills parameter memory from a Megatron checkpoint: stored boxes against this rank's boxes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from transcoder.dialects import dialect_of
 from transcoder.formats.mcore import CONTENT
-from transcoder.formats.torch_dist import TorchDist, open_torch_dist
+from transcoder.formats.opening import open_store
+from transcoder.formats.store import Store
 from transcoder.hfconfig import normalise
 from transcoder.iterations import find_iteration
 from transcoder.moves import Copy, fuse, strides
@@ -24,7 +25,7 @@ from transcoder.spec import Box, Chunk, DType, box_shape
 
 def fill_from_megatron(chunks: Sequence[Any], path: Path, hf_model: Path | None, verify: bool) -> Filled:
     """Read this rank's part."""
-    store = open_torch_dist(find_iteration(path))
+    store = open_store(find_iteration(path))
     shards = shards_of(chunks, CONTENT[dialect_of(store.tensors)])
     count = check_whole(chunks, shards)
     shapes = {key: shape for key, (_, shape, _) in store.tensors.items()}
@@ -53,7 +54,7 @@ def _vocabulary(chunks: Sequence[Any], path: Path, hf_model: Path | None) -> int
         return max(int(getattr(part, "real_vocab", 0)) for part in unwrapped(chunks))
 
 
-def _touched(targets: Sequence[Target], store: TorchDist) -> list[tuple[str, DType, list[Chunk]]]:
+def _touched(targets: Sequence[Target], store: Store) -> list[tuple[str, DType, list[Chunk]]]:
     """For each target the key, type and chunks that hold some of it; other chunks are never opened."""
     numbers: dict[str, list[int]] = {}
     for number, target in enumerate(targets):

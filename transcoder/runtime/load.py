@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transcoder.checking import is_hf
 from transcoder.errors import PathLike
+from transcoder.formats.huggingface import is_hf
 from transcoder.runtime.from_hf import fill_from_hf
 from transcoder.runtime.from_megatron import fill_from_megatron
 from transcoder.runtime.omitted import remarks

@@ -144,12 +144,13 @@ def config_of(path: PathLike, hf_model: PathLike | None = None) -> dict[str, Any
 
     Of a checkpoint without one its own configuration, in Megatron's names.
     """
+    from transcoder.formats.opening import is_checkpoint
     from transcoder.iterations import find_iteration
 
     reference = reference_of(path, hf_model)
     if hf_model is None and not (reference / "config.json").is_file():
         folder = find_iteration(Path(path))
-        if (folder / ".metadata").is_file():
+        if is_checkpoint(folder):
             return stored_model(folder)
     return read_config(reference)
 
