@@ -159,6 +159,11 @@ class RemotePath:
         return PurePosixPath(self.key).suffix
 
     @property
+    def stem(self) -> str:
+        """The last part without its ending."""
+        return PurePosixPath(self.key).stem
+
+    @property
     def parent(self) -> RemotePath:
         """What this is in; a bucket is in itself."""
         return RemotePath(self.bucket, self.key.rpartition("/")[0])
