@@ -101,6 +101,15 @@ def whole(name: str) -> Path:
     return shutil.copytree(checkpoint(), root() / f"whole-{name}", symlinks=True)
 
 
+@cache
+def ranks() -> Path:
+    """The folder for a legacy checkpoint of one rank, whose file is the input."""
+    folder = root() / "ranks" / "iter_0000001" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "latest_checkpointed_iteration.txt").write_text("1")
+    return folder
+
+
 def iteration(folder: Path) -> Path:
     """The iteration directory of a checkpoint."""
     return folder / "iter_0000000"

@@ -9,6 +9,7 @@ import io
 import json
 from argparse import Namespace
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,6 +111,39 @@ def foreign() -> Iterator[Seed]:
     state = {"step": torch.tensor(0, dtype=torch.int32), "do_train": torch.tensor(True)}
     yield "train_state", "torch", _saved(state)
     yield "metadata", "torch", _metadata()
+    yield "rank", "torch", _saved(_rank_state())
+
+
+def _rank_state() -> dict[str, object]:
+    """The small model as one rank of Megatron-LM saves it, all parameters in one buffer, and the start of its Adam."""
+    import torch
+
+    layer = {
+        "input_layernorm.weight": (8,),
+        "self_attention.linear_qkv.weight": (16, 8),
+        "self_attention.linear_proj.weight": (8, 8),
+        "pre_mlp_layernorm.weight": (8,),
+        "mlp.linear_fc1.weight": (16, 8),
+        "mlp.linear_fc2.weight": (8, 8),
+    }
+    shapes = {f"decoder.layers.0.{name}": shape for name, shape in layer.items()} | {
+        "embedding.word_embeddings.weight": (8, 8),
+        "decoder.final_layernorm.weight": (8,),
+        "output_layer.weight": (8, 8),
+    }
+    counts = [prod(shape) for shape in shapes.values()]
+    parts = torch.zeros(sum(counts), dtype=torch.bfloat16).split(counts)
+    model = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    arguments = {
+        "num_layers": 1,
+        "hidden_size": 8,
+        "ffn_hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+    }
+    more = {"num_query_groups": 1, "kv_channels": 4, "norm_epsilon": 1e-5, "untie_embeddings_and_output_weights": True}
+    state = {"args": Namespace(**arguments, **more), "iteration": 1, "checkpoint_version": 3.0}
+    return {**state, "model": model, "optimizer": {"exp_avg": torch.zeros(4)}}
 
 
 def _saved(value: object) -> bytes:

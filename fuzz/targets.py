@@ -17,7 +17,8 @@ from transcoder.formats.huggingface import open_hf
 from transcoder.formats.opening import open_store
 from transcoder.formats.pickles import loads
 from transcoder.formats.safetensors import INDEX_NAME, read_index, read_shard
-from transcoder.formats.torch_dist import METADATA_NAMES, open_torch_dist, read_common
+from transcoder.formats.statefiles import read_common
+from transcoder.formats.torch_dist import METADATA_NAMES, open_torch_dist
 from transcoder.formats.trainstate import step_of
 from transcoder.hfconfig import read_config
 from transcoder.inspection import inspect
@@ -133,6 +134,15 @@ def train_state(data: bytes) -> None:
     find_iteration(folder)
 
 
+def rank(data: bytes) -> None:
+    """model_optim_rng.pt of the one rank of a legacy checkpoint, and the model in it."""
+    folder = bases.ranks()
+    _put(folder / "model_optim_rng.pt", data)
+    opened = _opened(folder.parents[1])
+    for spec in opened.store.catalog.values():
+        assert all(chunk.offset + chunk.nbytes <= len(data) for chunk in spec.chunks)
+
+
 def backend(data: bytes) -> None:
     """metadata.json of an iteration."""
     folder = bases.iteration(bases.plain("backend"))
@@ -209,6 +219,7 @@ TARGETS: dict[str, Target] = {
     "run_config": Target(run_config, texts.yaml),
     "train_state": Target(train_state, _archive, zipping.repaired),
     "backend": Target(backend, jsons.mutate),
+    "rank": Target(rank, _archive, zipping.repaired),
     "zarray": Target(zarray, jsons.mutate),
     "zarr_json": Target(zarr_json, jsons.mutate),
     "shard": Target(shard, repairs.edited_shard, repairs.shard),

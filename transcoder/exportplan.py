@@ -13,6 +13,7 @@ from typing import Any
 from transcoder.checks import ignored_names
 from transcoder.codecs import Weights, weights_of
 from transcoder.errors import InputError, Problem, UsageError, refuse
+from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, emit_header, shard
 from transcoder.kept import kept_shards
 from transcoder.megatron import Megatron
@@ -111,10 +112,12 @@ def _fresh(source: Megatron, dtype: DType, max_shard: int) -> tuple[tuple[Shard,
 
 
 def _dtype(source: Megatron, tensor: HfTensor, dtype: DType) -> DType:
-    """The original's dtype of a tensor that may have two, else its rule's."""
+    """The original's dtype of a tensor that may have two, or that of another trainer's file, else its rule's."""
     known = source.origin.weights.catalog.get(tensor.name)
-    fits = known is not None and tensor.family.rule.dtype and tensor.family.accepts(known.dtype, dtype)
-    return known.dtype if known is not None and fits else tensor.family.dtype(dtype)
+    if known is None and not isinstance(source.store, PlainDcp):
+        return tensor.family.dtype(dtype)
+    found = source.stored(tensor) if known is None else known.dtype
+    return found if tensor.family.rule.dtype and tensor.family.accepts(found, dtype) else tensor.family.dtype(dtype)
 
 
 def _shard(source: Megatron, file: str, names: list[str], dtype: DType) -> Shard:

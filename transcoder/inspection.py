@@ -12,7 +12,8 @@ from transcoder.dialects import dialect_of
 from transcoder.errors import InputError
 from transcoder.formats.huggingface import is_hf, open_hf
 from transcoder.formats.opening import open_store
-from transcoder.formats.statefiles import read_common
+from transcoder.formats.rankfiles import RankStore
+from transcoder.formats.store import Store
 from transcoder.hfconfig import architecture_of, read_config
 from transcoder.iterations import find_iteration, notes
 from transcoder.spec import Box, DType
@@ -55,20 +56,25 @@ def _inspect_megatron(folder: Path) -> dict[str, Any]:
         _row(key, dtype, shape, [box for box, _ in places], {item.file for _, item in places})
         for key, (dtype, shape, places) in sorted(store.tensors.items())
     ]
-    found = read_common(folder).get("args")
+    found = store.common.get("args")
     arguments = found if isinstance(found, dict) else {}
     return _report(folder, store.form, keys) | {
         "architecture": _architecture(folder),
         "dialect": _dialect(store.tensors),
-        "parallel": _parallel(arguments, {name for row in keys for name in row["files"]}),
+        "parallel": _parallel(arguments, store),
         "objects": len(store.objects),
-        "files": [{"name": entry.name, "bytes": entry.stat().st_size} for entry in sorted(folder.glob("*.distcp"))],
+        "files": [{"name": name, "bytes": (folder / name).stat().st_size} for name in _files(folder, store)],
         "config": {name: arguments[name] for name in CONFIG_FIELDS if name in arguments},
         "warnings": [
             *store.warnings,
-            *(f"{n} keys {prefix}* are training state" for prefix, n in store.ignored.items()),
+            *store.left_out(),
         ],
     }
+
+
+def _files(folder: Path, store: Store) -> list[str]:
+    """Every payload file, those without weights included."""
+    return sorted({entry.name for entry in folder.glob("*.distcp")} | set(store.files))
 
 
 def _report(path: Path, form: str, keys: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,10 +102,12 @@ def _dialect(keys: Any) -> str:
         return "unknown"
 
 
-def _parallel(arguments: dict[str, Any], files: set[str]) -> dict[str, Any]:
-    """What the training arguments say, and how many ranks wrote payloads."""
+def _parallel(arguments: dict[str, Any], store: Store) -> dict[str, Any]:
+    """What the files or the training arguments say, and how many ranks wrote payloads."""
+    if isinstance(store, RankStore):
+        return {**store.sizes, "ranks": len(store.files)}
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size"}
-    ranks = {match[1] for name in files if (match := re.match(r"__(\d+)_", name))}
+    ranks = {match[1] for name in store.files if (match := re.match(r"__(\d+)_", name))}
     found = {short: arguments[name] for short, name in names.items() if name in arguments}
     return found | ({"ranks": len(ranks)} if ranks else {})
 

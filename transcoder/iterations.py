@@ -56,8 +56,6 @@ def _why_unreadable(folder: Path) -> str:
     """What is wrong with an iteration's folder that holds no plan."""
     if not folder.is_dir():
         return ""
-    if any(entry.name.startswith("mp_rank_") for entry in folder.iterdir()):
-        return "it is of the legacy format (mp_rank_*), which is pickles: convert it with Megatron-LM first"
     return f"{folder.name} holds no .metadata: it is not a complete torch_dist checkpoint"
 
 

@@ -14,18 +14,25 @@ from transcoder.checks import check_coverage, check_mcore
 from transcoder.dialects import dialect_of
 from transcoder.disk import there
 from transcoder.errors import Problem, refuse
+from transcoder.foreign import spelled
+from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.huggingface import HfDirectory, open_hf, side_files
 from transcoder.formats.opening import open_store
-from transcoder.formats.store import Store
+from transcoder.formats.store import LeftOut, Store
 from transcoder.hfconfig import architecture_of, normalise, read_config
 from transcoder.iterations import find_iteration, notes
-from transcoder.megatronconfig import config_from, stored_fields
+from transcoder.megatronconfig import check_agreement, config_from, stored_fields
 from transcoder.original import Original, original_of
 from transcoder.planner import HfTensor, Model, build_model
+from transcoder.rankgrid import bound
+from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
+from transcoder.shapes import fields_of_keys, fields_of_shapes
 from transcoder.sizing import axis_sizes, given_sizes
 from transcoder.spec import DType
 from transcoder.variants import export_variants, shown
+
+PREDICTIONS = "mtp."  # layers that predict further tokens
 
 
 @dataclass(frozen=True)
@@ -87,20 +94,24 @@ def open_megatron(
     reference = _reference(folder, hf_model)
     left_out = side_files(reference, set())[1] if reference == folder / "hf" else ()
     store = replace(store, warnings=(*notes(path), *store.warnings, *(row for row in left_out if "left out" in row)))
+    _check_weights(store)
     config = read_config(reference) if reference else _implied_config(folder, store, arch)
     architecture = arch or architecture_of(config)
-    recipe = recipe_for(architecture)
+    recipe = spelled(recipe_for(architecture), store)
+    store = _without_predictions(store, recipe)
     values = normalise(config, recipe.defaults)
-    dialect = dialect_of(store.tensors)
+    foreign = isinstance(store, PlainDcp)
+    dialect = "singleton" if foreign else dialect_of(store.tensors)  # which leaves names as they are
     original = open_hf(hf_model, follow_links) if hf_model is not None and any(hf_model.glob("*.safetensors")) else None
     origin = original_of(original, table, config)
-    shapes = like or origin.shapes
+    shapes = like or ({key: shape for key, (_, shape, _) in store.tensors.items()} if foreign else origin.shapes)
     originally = shown(recipe.hf_variants, shapes, given_sizes(recipe, values)[0]) if shapes else {}
     wanted = {"experts": expert_layout} if expert_layout else {}
     values |= export_variants(recipe, store.tensors, dialect == "stacked", originally, wanted, quantised)
     sizes = axis_sizes(recipe, values, sum(prod(shape) for _, shape, _ in store.tensors.values()), _most_layers(store))
     sizes["pad"] = max(0, _embedding_rows(store) - sizes["vocab"])
     model = build_model(recipe, values, sizes, dialect)
+    store = bound(store, model)
     check_mcore(model, store.catalog)
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
@@ -108,6 +119,25 @@ def open_megatron(
     return Megatron(
         folder, store, model, atlas, usual, architecture, reference, config, original, origin, originally, table
     )
+
+
+def _check_weights(store: Store) -> None:
+    """Refuse a checkpoint that holds training state alone, which is what is left of it without its model."""
+    if not store.tensors and store.ignored:
+        problems = [Problem(found=line) for line in store.left_out()]
+        hint = "float32 masters and moments of an optimizer are not exported; save the checkpoint with its model"
+        raise refuse("no-weights", f"the checkpoint holds no weights of a model: {hint}", problems)
+
+
+def _without_predictions(store: Store, recipe: Recipe) -> Store:
+    """The store without layers that predict further tokens, where the Hugging Face class has no place for them."""
+    keys = [key for key in store.tensors if key.startswith(PREDICTIONS)]
+    if not keys or any(side.name.startswith(PREDICTIONS) for rule in recipe.rules for side in rule.mcore):
+        return store
+    nbytes = sum(prod(shape) * dtype.size for dtype, shape, _ in map(store.tensors.__getitem__, keys))
+    kept = {key: value for key, value in store.tensors.items() if key not in keys}
+    left = LeftOut(len(keys), nbytes, f"layers for further tokens, unknown to recipe {recipe.name},")
+    return replace(store, tensors=kept, ignored={**store.ignored, PREDICTIONS: left})
 
 
 def _embedding_rows(store: Store) -> int:
@@ -142,12 +172,18 @@ def _reference(folder: Path, hf_model: Path | None) -> Path | None:
 
 def _implied_config(folder: Path, store: Store, arch: str) -> dict[str, Any]:
     """config.json from Megatron's own configuration, for the class that the user names."""
+    if isinstance(store, PlainDcp):
+        message = "a plain directory of torch.distributed.checkpoint carries no config; give --hf-model DIR"
+        raise refuse("no-config", message, [Problem(file=str(folder))])
     if not arch:
         hint = "give --hf-model DIR, or the Hugging Face class with --arch NAME"
         raise refuse("no-config", f"the checkpoint carries no Hugging Face config; {hint}", [Problem(file=str(folder))])
     dtypes = [dtype.name for dtype, _, _ in store.tensors.values()]
-    fields = {"padded_vocab_size": _embedding_rows(store)} | stored_fields(folder)
-    return config_from(recipe_for(arch), arch, fields, max(set(dtypes), key=dtypes.count))
+    recipe, shapes = recipe_for(arch), {key: shape for key, (_, shape, _) in store.tensors.items()}
+    said, shown = stored_fields(folder, store.common), fields_of_shapes(recipe, shapes, dialect_of(shapes))
+    check_agreement({"the files": said, "the stored tensors": shown})
+    fields = {"padded_vocab_size": _embedding_rows(store)} | shown | fields_of_keys(shapes) | said
+    return config_from(recipe, arch, fields, max(set(dtypes), key=dtypes.count))
 
 
 def _one_dtype(model: Model, store: Store) -> DType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,57 @@ from transcoder.formats.statefiles import read_common
 from transcoder.recipe import Field, Recipe, evaluate
 from transcoder.yamltext import read_yaml
 
+Fields = dict[str, Any]
+DIMENSIONS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+)
 
-def stored_fields(folder: Path) -> dict[str, Any]:
-    """TransformerConfig fields of an iteration: run_config.yaml's, else the arguments' of common.pt. Nothing is run.
 
-    Raises InputError when the YAML cannot be read.
+def stored_fields(folder: Path, common: Mapping[str, Any] | None = None) -> Fields:
+    """TransformerConfig fields of an iteration: run_config.yaml's, else those of Megatron-LM's arguments. Nothing runs.
+
+    common: the plain values that hold the arguments; by default common.pt's.
+    Raises InputError when the YAML cannot be read, or when the two name different dimensions.
     """
-    common = read_common(folder).get("args")
-    arguments = common if isinstance(common, dict) else {}
+    found = (read_common(folder) if common is None else common).get("args")
+    arguments = _of_arguments(found) if isinstance(found, dict) else {}
+    table = _yaml(folder / "run_config.yaml")
+    check_agreement({"run_config.yaml": table, "the arguments of common.pt": arguments})
+    return arguments | table
+
+
+def _of_arguments(arguments: Fields) -> Fields:
+    """Megatron-LM's arguments with TransformerConfig's names beside their own."""
     fields = {name: arguments[spelled] for name, spelled in SPELLED.items() if spelled in arguments}
     if "untie_embeddings_and_output_weights" in arguments:
         fields["share_embeddings_and_output_weights"] = not arguments["untie_embeddings_and_output_weights"]
-    return arguments | fields | _yaml(folder / "run_config.yaml")
+    if arguments.get("group_query_attention") is False and "num_attention_heads" in arguments:
+        fields["num_query_groups"] = arguments["num_attention_heads"]  # the argument itself is 1 then
+    return arguments | fields
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def check_agreement(sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse dimensions on which two sources, given by their names, disagree. Raises InputError naming both."""
+    problems = []
+    for name in DIMENSIONS:
+        said = [(source, fields[name]) for source, fields in sources.items() if type(fields.get(name)) is int]
+        for (one, first), (two, second) in pairwise(said):
+            if first != second:
+                hint = "give --hf-model DIR, whose config.json then counts, or correct the wrong one"
+                problems.append(Problem(tensor=name, expected=f"{first} ({one})", found=f"{second} ({two})", hint=hint))
+    if problems:
+        raise refuse("conflict", "the checkpoint's own files say different things of the model", problems)
+
+
+def _yaml(path: Path) -> Fields:
     if not there(path):
         return {}
     table = read_yaml(path)

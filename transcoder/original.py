@@ -33,7 +33,7 @@ def original_of(directory: HfDirectory | None, table: Mapping[str, Any] | None, 
     """The original: a directory that the user gave, else what the manifest holds of it. Raises InputError."""
     if directory is not None:
         return Original(directory.shards, directory.index, directory.weights)
-    if table is None:
+    if table is None or not table["source"]["files"]:  # as after resharding what no original is known of
         return Original()
     shards = kept_headers(table)
     index = kept_index(table)

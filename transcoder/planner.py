@@ -237,7 +237,7 @@ def _with_fillers(rule: Rule, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _family(rule: Rule, dialect: str, sizes: Mapping[str, int], layers: tuple[int, ...]) -> Family:
-    mcore = tuple(spelled for side in rule.mcore for spelled in spellings(side, dialect))
+    mcore = tuple(spelled.shifted(sizes) for side in rule.mcore for spelled in spellings(side, dialect))
     pairs = tuple(tuple(_pairs(rule, side, mcore, sizes)) for side in rule.hf)
     rule = replace(rule, hf=tuple(side.shifted(sizes) for side in rule.hf))
     if rule.alias:

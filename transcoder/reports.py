@@ -11,6 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import UsageError
+from transcoder.formats.store import Store
 from transcoder.planner import Model
 from transcoder.spec import box_shape
 
@@ -85,17 +86,24 @@ def reshard_report(plan: ReshardPlan, src: object, dst: object, warnings: list[s
     """What Megatron → Megatron does, but for its costs."""
     report = import_report(plan.target, dst)
     layout = plan.target.model.dialect
-    return report | {"source": str(src), "layout": layout, "warnings": [*report["warnings"], *warnings]}
+    known = {"source": str(src), "layout": layout, "left_out": left_out(plan.source.store)}
+    return report | known | {"warnings": [*report["warnings"], *warnings]}
 
 
 def export_report(plan: ExportPlan, dst: object, warnings: list[str]) -> dict[str, Any]:
     """What an export does, but for its costs."""
     source = plan.source
-    ignored = [f"{n} keys {prefix}* are training state and are ignored" for prefix, n in source.store.ignored.items()]
     return about(source.model, source.path, dst, source.architecture) | {
-        "warnings": [*source.store.warnings, *warnings, *ignored],
+        "warnings": [*source.store.warnings, *warnings, *source.store.left_out()],
         "dtype": plan.dtype.name,
+        "left_out": left_out(source.store),
     }
+
+
+def left_out(store: Store) -> list[dict[str, Any]]:
+    """What of a checkpoint is not read, by the prefix of its keys."""
+    rows = sorted(store.ignored.items())
+    return [{"prefix": prefix, "keys": each.keys, "bytes": each.nbytes} for prefix, each in rows]
 
 
 def rank_parameters(plan: ImportPlan) -> list[dict[str, int]]:

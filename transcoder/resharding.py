@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage
-from transcoder.errors import UsageError
+from transcoder.errors import UsageError, refuse
 from transcoder.exportplan import files_below
+from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.opening import place
 from transcoder.importing import ImportPlan, check_layout, form_notes, wanted_chunks
@@ -66,6 +67,9 @@ def plan_reshard(
     check_layout(layout, divisor)
     mesh.check_positive()
     source = open_megatron(src, hf_model, arch, quantised=True)  # in the spelling of its original
+    if isinstance(source.store, PlainDcp):
+        hint = "export it with mcore2hf, then import that with hf2mcore"
+        raise refuse("format", f"{src} has the names of another trainer: {hint}")
     model = _target_model(source, layout, norm_names, 0 if link else mesh.tp * divisor)
     mesh.check(model.limits(), model.sizes["l"])
     target = DTYPES[dtype] if dtype else source.dtype
@@ -87,7 +91,7 @@ def plan_reshard(
         atlas,
         iteration,
         (),
-        (*_notes(source), *form_notes(placement)),
+        (*source.store.left_out(), *form_notes(placement)),
     )
     return ReshardPlan(source, plan, link)
 
@@ -114,11 +118,6 @@ def _original(source: Megatron) -> HfDirectory:
     folder, origin = source.reference, source.origin
     files, warnings = files_below(folder) if folder else ((), ())
     return HfDirectory(folder or source.path, source.config, origin.shards, origin.index, files, warnings)
-
-
-def _notes(source: Megatron) -> tuple[str, ...]:
-    ignored = source.store.ignored.items()
-    return tuple(f"{count} keys {prefix}* are training state and are left out" for prefix, count in ignored)
 
 
 def reshard_identity(plan: ReshardPlan, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,9 @@ def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in dropped} | quiet
 
 
-def _command(world: int, cases: Path, python: Path | str) -> list[str]:
+def _command(world: int, worker: Path, cases: Path, python: Path | str) -> list[str]:
     start = [str(python), "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    return [*start, "--nproc-per-node", str(world), str(WORKER), str(cases)]
+    return [*start, "--nproc-per-node", str(world), str(worker), str(cases)]
 
 
 def _run(command: list[str], timeout: float) -> tuple[int, str]:
@@ -51,6 +51,7 @@ def launch(
     workdir: Path,
     timeout: float = TIMEOUT,
     python: Path | str = sys.executable,
+    worker: Path = WORKER,
 ) -> list[dict[str, Any]]:
     """Run the cases on `world` ranks in one launch; AssertionError with everything said when one fails.
 
@@ -59,7 +60,7 @@ def launch(
     workdir.mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkstemp(prefix="cases-", suffix=".json", dir=workdir)[1])
     path.write_text(json.dumps(cases))
-    status, output = _run(_command(world, path, python), timeout)
+    status, output = _run(_command(world, worker, path, python), timeout)
     results = _results(Path(f"{path}.out"))
     failures = [f"{result['case']}\n  " + "\n  ".join(result["failures"]) for result in results if not result["ok"]]
     if status or failures or len(results) != len(cases):

@@ -7,7 +7,7 @@ third_party/miniz-3.0.2 (headers, zip64), PKWARE's APPNOTE.TXT 4.3 and 4.5.3. Re
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -191,7 +191,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     size: int
-    crc: int
+    crc: int | None  # of the record that the tensor is the whole of
 
 
 def read_archive(view: memoryview, subject: str) -> dict[str, Entry]:
@@ -210,10 +210,11 @@ def read_archive(view: memoryview, subject: str) -> dict[str, Entry]:
 
 def read_pickle(view: memoryview, names: Names | None, subject: str, limit: int = COMMON_PICKLE_LIMIT) -> object:
     """The pickled value of an archive."""
-    return _unpickle(view, read_archive(view, subject)["data.pkl"], names, subject, limit)
+    return unpickle(view, read_archive(view, subject)["data.pkl"], names, subject, limit)
 
 
-def _unpickle(view: memoryview, entry: Entry, names: Names | None, subject: str, limit: int) -> object:
+def unpickle(view: memoryview, entry: Entry, names: Names | None, subject: str, limit: int) -> object:
+    """The value of a pickle record, whose checksum is compared."""
     if entry.size > limit:
         raise refuse("archive", f"{subject}: its pickle has {entry.size} bytes, more than {limit}")
     data = view[entry.start : entry.start + entry.size]
@@ -225,28 +226,44 @@ def _unpickle(view: memoryview, entry: Entry, names: Names | None, subject: str,
 def read_tensor(view: memoryview, subject: str) -> StoredTensor:
     """Where and what the one tensor of an archive is."""
     entries = read_archive(view, subject)
+    check_order(view, entries, subject)
+    record = unpickle(view, entries["data.pkl"], TENSOR_NAMES, subject, TENSOR_PICKLE_LIMIT)
+    stored = place_tensor(record, entries, subject)
+    if stored.crc is None:
+        raise refuse(
+            "archive", f"{subject}: its {stored.dtype.name} tensor of shape {list(stored.shape)[:16]} is a view"
+        )
+    return stored
+
+
+def check_order(view: memoryview, entries: Mapping[str, Entry], subject: str) -> None:
+    """Refuse an archive of a machine with another byte order."""
     order = entries.get("byteorder")
     if order and bytes(view[order.start : order.start + min(order.size, 8)]) != b"little":
         raise refuse("archive", f"{subject}: its byte order is not little")
-    record = _unpickle(view, entries["data.pkl"], TENSOR_NAMES, subject, TENSOR_PICKLE_LIMIT)
-    key, dtype, shape, count = _described(record, subject)
-    entry = entries.get(f"data/{key}")
-    if entry is None or not entry.size == count == prod(shape) * dtype.size:
+
+
+def place_tensor(record: object, entries: Mapping[str, Entry], subject: str) -> StoredTensor:
+    """Where and what a pickled tensor is, whose storage may hold others, too. Raises InputError."""
+    key, dtype, first, shape, count = _described(record, subject)
+    entry, size = entries.get(f"data/{key}"), prod(shape) * dtype.size
+    if entry is None or entry.size != count or first * dtype.size + size > count:
         found = "no storage" if entry is None else f"a storage of {entry.size} bytes"
         raise refuse("archive", f"{subject}: {found} for a {dtype.name} tensor of shape {list(shape)[:16]}")
-    return StoredTensor(dtype, shape, entry.start, entry.size, entry.crc)
+    crc = entry.crc if size == entry.size else None
+    return StoredTensor(dtype, shape, entry.start + first * dtype.size, size, crc)
 
 
-def _described(record: object, subject: str) -> tuple[str, DType, tuple[int, ...], int]:
-    """Storage key, dtype, shape and storage bytes of a pickled tensor."""
+def _described(record: object, subject: str) -> tuple[str, DType, int, tuple[int, ...], int]:
+    """Storage key, dtype, first element, shape and storage bytes of a pickled tensor."""
     args = record.args if isinstance(record, Record) else ()
     if not isinstance(record, Record) or record.state is not None or not 6 <= len(args) <= 8:
         raise refuse("archive", f"{subject}: it does not hold one tensor")
     key, dtype, count = _storage(args[0], record.callable, args[6:], subject)
-    shape = _extents(args[2])
-    if shape is None or args[1] != 0 or not _contiguous(shape, args[3]):
+    first, shape = _extents((args[1],)), _extents(args[2])
+    if shape is None or first is None or not _contiguous(shape, args[3]):
         raise refuse("archive", f"{subject}: the tensor is a view, not contiguous or has no valid shape")
-    return key, dtype, shape, count
+    return key, dtype, first[0], shape, count
 
 
 def _storage(source: object, rebuild: Global, rest: tuple[object, ...], subject: str) -> tuple[str, DType, int]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from transcoder.errors import UsageError
 from transcoder.formats import torch_dist_writer, zarr_writer
+from transcoder.formats.foreign import recognised
 from transcoder.formats.placement import Placement, Wanted
+from transcoder.formats.rankfiles import is_ranks, open_ranks
 from transcoder.formats.statefiles import backend_of
 from transcoder.formats.store import Store
 from transcoder.formats.torch_dist import open_torch_dist
@@ -31,7 +33,7 @@ NOTES = {
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder holds an iteration of a format that can be read."""
-    return (folder / ".metadata").is_file() or _backend(folder) in _READ
+    return (folder / ".metadata").is_file() or _backend(folder) in _READ or is_ranks(folder)
 
 
 def _backend(folder: Path) -> object:
@@ -42,8 +44,8 @@ def _backend(folder: Path) -> object:
 def open_store(folder: Path) -> Store:
     """The checkpoint in an iteration directory. Raises InputError for anything that is not whole."""
     if (folder / ".metadata").is_file():
-        return open_torch_dist(folder)
-    return _READ.get(_backend(folder), open_torch_dist)(folder)
+        return recognised(open_torch_dist(folder))
+    return _READ.get(_backend(folder), open_ranks if is_ranks(folder) else open_torch_dist)(folder)
 
 
 def place(form: str, tensors: Iterable[Wanted], objects: Iterable[str], ranks: int) -> Placement:

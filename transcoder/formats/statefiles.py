@@ -65,20 +65,27 @@ def plain(value: object) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_common(path: Path) -> dict[str, Any]:
-    """The plain values of common.pt; {} when the file is absent. Nothing in it is executed. Raises InputError."""
-    if not there(path / "common.pt"):
+def read_common(path: Path, newer: memoryview | None = None) -> dict[str, Any]:
+    """The plain values of common.pt, else of `newer`, the object `common_state` of megatron-core 0.20; {} without both.
+
+    Nothing in them is executed. Raises InputError.
+    """
+    if there(path / "common.pt"):
+        return _common(read_pickle(map_file(path / "common.pt"), None, "common.pt"), "common.pt")
+    if newer is None:
         return {}
-    root = read_pickle(map_file(path / "common.pt"), None, "common.pt")
+    root = read_pickle(newer, None, "common_state")
+    return _common(root[0] if isinstance(root, list) and len(root) == 1 else root, "common_state")
+
+
+def _common(root: object, name: str) -> dict[str, Any]:
     if not isinstance(root, Pairs):
-        raise refuse("common", "common.pt does not hold a dictionary", [Problem(file="common.pt", found=brief(root))])
+        raise refuse("common", f"{name} does not hold a dictionary", [Problem(file=name, found=brief(root))])
     try:
         values = root.as_dict()
     except InputError as error:
-        raise refuse("common", f"common.pt: {error.args[0]}", [Problem(file="common.pt")]) from error
+        raise refuse("common", f"{name}: {error.args[0]}", [Problem(file=name)]) from error
     if not isinstance(values.get("content_metadata", Pairs()), Pairs | None):
-        problem = Problem(
-            file="common.pt", expected="content_metadata, a dictionary", found=brief(values["content_metadata"])
-        )
-        raise refuse("common", "common.pt does not say which keys to ask for", [problem])
+        problem = Problem(file=name, expected="content_metadata, a dictionary", found=brief(values["content_metadata"]))
+        raise refuse("common", f"{name} does not say which keys to ask for", [problem])
     return {key: plain(value) for key, value in values.items()}

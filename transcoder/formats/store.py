@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transcoder.spec import Box, DType, TensorSpec
 
-TRAINING_STATE = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_")
+TRAINING_STATE = (
+    *("optimizer.", "rng_state", "rerun_state_machine", "common_state", "chained_"),  # of Megatron
+    *("optim.", "lr_scheduler", "scheduler.", "dataloader", "train_state"),  # of trainers that save through torch's DCP
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,18 @@ class Item:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """What is not read of a checkpoint: how many keys, their bytes, and what they are."""
+
+    keys: int = 0
+    nbytes: int = 0
+    what: str = "training state"
+
+    def __add__(self, other: LeftOut) -> LeftOut:
+        return LeftOut(self.keys + other.keys, self.nbytes + other.nbytes, self.what)
+
+
 @dataclass(frozen=True)
 class Store(ABC):
     """Weight tensors with their chunks, objects, and what is not weights."""
@@ -30,7 +45,8 @@ class Store(ABC):
     path: Path
     tensors: Mapping[str, tuple[DType, tuple[int, ...], tuple[tuple[Box, Item], ...]]]
     objects: Mapping[str, Item]
-    ignored: Mapping[str, int]  # training-state prefix → number of keys
+    ignored: Mapping[str, LeftOut]  # by the prefix of their keys
+    common: Mapping[str, Any]  # plain values that are no tensors: arguments, iteration, …
     warnings: tuple[str, ...] = ()
 
     @property
@@ -47,6 +63,13 @@ class Store(ABC):
     def files(self) -> list[str]:
         """Names of the files that hold weights."""
         return sorted({item.file for _, _, places in self.tensors.values() for _, item in places})
+
+    def left_out(self) -> list[str]:
+        """A line for everything that is not read."""
+        return [
+            f"{each.keys} keys {prefix}* ({each.nbytes:,} bytes) are {each.what} and are left out"
+            for prefix, each in sorted(self.ignored.items())
+        ]
 
 
 def training_state(key: str) -> str:

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.errors import Problem, printable, refuse
-from transcoder.formats.archive import read_tensor, tensor_item
+from transcoder.formats.archive import read_pickle, read_tensor, tensor_item
 from transcoder.formats.pickles import Global, Pairs, Record, measured
-from transcoder.formats.statefiles import backend_notes, dialect_notes
-from transcoder.formats.statefiles import read_common as read_common
-from transcoder.formats.store import Item, Store, training_state
+from transcoder.formats.statefiles import backend_notes, dialect_notes, plain, read_common
+from transcoder.formats.store import Item, LeftOut, Store, training_state
 from transcoder.paths import Extent, extent, map_file
 from transcoder.remote.frames import Frame, ahead, framed
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
 
 METADATA_LIMIT = 1 << 30  # bytes
+COMMON_STATE = "common_state/"
 DCP = "torch.distributed.checkpoint"
 _DCP_NAMES = {
     f"{DCP}.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
@@ -110,10 +110,10 @@ def open_torch_dist(path: Path) -> TorchDist:
     root, length = measured(data, METADATA_NAMES, ".metadata")
     notes = [f".metadata has {len(data) - length} bytes behind its end"] if length < len(data) else []
     notes += backend_notes(path, TorchDist.form)
-    content = read_common(path).get("content_metadata")
+    common = read_common(path)
     try:
-        store = _opened(path, root)
-        notes += dialect_notes(content, store.tensors)
+        store = _opened(path, root, common)
+        notes += dialect_notes(store.common.get("content_metadata"), store.tensors)
         return replace(store, warnings=tuple(notes))
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         if hasattr(error, "problems"):
@@ -123,19 +123,35 @@ def open_torch_dist(path: Path) -> TorchDist:
         ) from error
 
 
-def _opened(path: Path, root: object) -> TorchDist:
+def _opened(path: Path, root: object, common: Mapping[str, Any]) -> TorchDist:
     fields = record_fields(root, "Metadata", "MCoreMetadata")
     places = _storage(fields["storage_data"])
-    tensors, objects, ignored = {}, {}, defaultdict[str, int](int)
+    tensors, objects, ignored = {}, {}, defaultdict[str, LeftOut](LeftOut)
     for key, value in _pairs(fields["state_dict_metadata"]):
         if prefix := training_state(key):
-            ignored[prefix] += 1
+            ignored[prefix] += _left_out(value, places[key])
         elif value.callable.name == "TensorStorageMetadata":
             tensors[key] = _tensor(key, value, places)
         else:
             objects[key] = places[key][None]
     _check_ranges(places)
-    return TorchDist(path, tensors, objects, dict(ignored))
+    state = next((item for key in places if key.startswith(COMMON_STATE) for item in places[key].values()), None)
+    common = common or read_common(path, None if state is None else _item_view(path, state))
+    if not common and "args" in objects:  # of Megatron-FSDP, key by key
+        common = {"args": plain(read_pickle(_item_view(path, objects["args"]), None, "args"))}
+    return TorchDist(path, tensors, objects, dict(ignored), common)
+
+
+def _left_out(value: Record, items: Mapping[tuple[int, ...] | None, Item]) -> LeftOut:
+    """The bytes of a tensor's values, or of an object's items."""
+    if value.callable.name != "TensorStorageMetadata":
+        return LeftOut(1, sum(item.length for item in items.values()))
+    fields = record_fields(value, "TensorStorageMetadata")
+    return LeftOut(1, prod(_integers(fields["size"])) * _dtype(fields["properties"]).size)
+
+
+def _item_view(path: Path, item: Item) -> memoryview:
+    return extent(path / item.file, root=path)[item.offset : item.offset + item.length]
 
 
 def record_fields(value: object, *classes: str) -> dict[str, Any]:
@@ -203,9 +219,16 @@ def _tensor(key: str, value: Record, places: _Places) -> tuple[DType, tuple[int,
         box = tuple((start, start + size) for start, size in zip(offsets, sizes, strict=True))
         if offsets not in places.get(key, {}):
             raise ValueError(f"{key!r}: the chunk at {offsets} has no item")
-        boxes.append((box, places[key][offsets]))
+        if not _is_nothing(box, shape):
+            boxes.append((box, places[key][offsets]))
     check_tiling(key, shape, [box for box, _ in boxes])
     return _dtype(fields["properties"]), shape, tuple(boxes)
+
+
+def _is_nothing(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a chunk is what a rank of FSDP writes that holds no row of a tensor."""
+    inside = len(box) == len(shape) and all(stop <= extent for (_, stop), extent in zip(box, shape, strict=True))
+    return inside and prod(shape) > 0 == prod(box_shape(box))
 
 
 def _dtype(properties: object) -> DType:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -20,7 +20,7 @@ from transcoder.errors import Problem, printable, reason, refuse
 from transcoder.formats import shards
 from transcoder.formats.grids import Grid, Sizes, parts
 from transcoder.formats.statefiles import backend_notes, dialect_notes, read_common
-from transcoder.formats.store import Item, Store, training_state
+from transcoder.formats.store import Item, LeftOut, Store, training_state
 from transcoder.formats.zarr_documents import read_v2, read_v3
 from transcoder.hfconfig import parse_json
 from transcoder.paths import extent, read_small, stays_inside
@@ -65,23 +65,23 @@ def _spec(key: str, dtype: DType, shape: Sizes, places: Places) -> TensorSpec:
 def open_zarr(path: Path, form: str) -> Zarr:
     """The checkpoint in an iteration directory. form: `zarr` or `zarr3`. Raises InputError for what is not whole."""
     notes = list(backend_notes(path, form))
-    content = read_common(path).get("content_metadata")
-    store = _opened(path, form)
-    notes += dialect_notes(content, store.tensors)
+    common = read_common(path)
+    store = _opened(path, form, common)
+    notes += dialect_notes(common.get("content_metadata"), store.tensors)
     return replace(store, warnings=tuple(notes))
 
 
-def _opened(path: Path, form: str) -> Zarr:
+def _opened(path: Path, form: str, common: Mapping[str, Any]) -> Zarr:
     tensors: dict[str, tuple[DType, Sizes, Places]] = {}
     objects: dict[str, Item] = {}
-    ignored = defaultdict[str, int](int)
+    ignored = defaultdict[str, LeftOut](LeftOut)
     for folder in _folders(path):
         key, document = folder.name, folder / DOCUMENTS[form]
         found = {f"{key}/{file.stem}": Item(f"{key}/{file.name}", 0, file.stat().st_size) for file in _objects(folder)}
         if not there(document) and not found:
             continue
         if prefix := training_state(key):
-            ignored[prefix] += 1
+            ignored[prefix] += LeftOut(1, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
         elif found:
             objects |= found
         else:
@@ -90,7 +90,7 @@ def _opened(path: Path, form: str) -> Zarr:
         problem = Problem(expected=f"a folder with {DOCUMENTS[form]} for every tensor", found="none")
         raise refuse("zarr", f"{path} holds no arrays", [problem])
     documents = tuple(f"{key}/{DOCUMENTS[form]}" for key in tensors)
-    return {"zarr": Zarr, "zarr3": Zarr3}[form](path, tensors, objects, dict(ignored), (), documents)
+    return {"zarr": Zarr, "zarr3": Zarr3}[form](path, tensors, objects, dict(ignored), common, (), documents)
 
 
 def _folders(path: Path) -> Iterator[Path]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.dialects import dialect_of
+from transcoder.errors import refuse
 from transcoder.formats.mcore import CONTENT
 from transcoder.formats.opening import open_store
+from transcoder.formats.rankfiles import RankStore
 from transcoder.formats.store import Store
 from transcoder.hfconfig import normalise
 from transcoder.iterations import find_iteration
@@ -26,6 +28,8 @@ from transcoder.spec import Box, Chunk, DType, box_shape
 def fill_from_megatron(chunks: Sequence[Any], path: Path, hf_model: Path | None, verify: bool) -> Filled:
     """Read this rank's part."""
     store = open_store(find_iteration(path))
+    if isinstance(store, RankStore):
+        raise refuse("format", f"{path} has one file a rank: make it torch_dist with `transcode reshard` first")
     shards = shards_of(chunks, CONTENT[dialect_of(store.tensors)])
     count = check_whole(chunks, shards)
     shapes = {key: shape for key, (_, shape, _) in store.tensors.items()}
