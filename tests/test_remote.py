@@ -239,3 +239,13 @@ def test_zarr_is_read_from_a_bucket(server: Server, tmp_path: Path) -> None:
         transcoder.hf2mcore(EXAMPLE, tmp_path / form, format=form, **GRID)
         transcoder.mcore2hf(server.put(tmp_path / form, form), tmp_path / f"{form}-back")
         assert tree(tmp_path / f"{form}-back") == tree(EXAMPLE)
+
+
+def test_bands_go_in_the_order_of_the_files() -> None:
+    plan = transcoder.planning.plan_hf2mcore(EXAMPLE, tp=2, pp=2)
+    offsets: dict[str, int] = {}
+    for key, box in plan.order():
+        chunk = next(chunk for chunk in plan.placement.catalog[key].chunks if chunk.box == box)
+        assert chunk.offset > offsets.get(chunk.file, -1)
+        offsets[chunk.file] = chunk.offset
+    assert len(offsets) == 8

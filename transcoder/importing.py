@@ -26,7 +26,7 @@ from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
 from transcoder.remote.paths import remote
 from transcoder.sizing import axis_sizes, given_sizes
-from transcoder.spec import DTYPES, DType
+from transcoder.spec import DTYPES, Box, DType
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
@@ -54,6 +54,13 @@ class ImportPlan:
     def folder(self) -> str:
         """The iteration directory's name."""
         return "release" if self.iteration == "release" else f"iter_{self.step:07d}"
+
+    def order(self) -> list[tuple[str, Box]]:
+        """Every chunk of ranks' files, by key and box, in the order in which it lies there: layer by layer."""
+        found = (wanted_chunks(tensor, self.mesh, self.dtype) for tensor in self.model.mcore.values())
+        wanted = sorted(found, key=lambda tensor: tensor.name)
+        rows = sorted((order, n, i) for n, tensor in enumerate(wanted) for i, (_, _, order) in enumerate(tensor.chunks))
+        return [(wanted[n].name, wanted[n].chunks[i][0]) for _, n, i in rows]
 
     @property
     def step(self) -> int:

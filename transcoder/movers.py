@@ -72,7 +72,7 @@ def run_places(
     ledger: Ledger | None = None,
 ) -> None:
     """The same, band by band in the order of the places where they go, and so are the places without a tensor."""
-    sequence = Sequence(plan.atlas.catalog, getattr(plan.placement, "items", ()))
+    sequence = Sequence(plan.atlas.catalog, plan.order())
     found, jobs, others = list(tensors), list[Job](), list[tuple[Place, Callable[[], object]]]()
     for number, tensor in enumerate(found):
         ranges = mover(tensor).ranges

@@ -45,10 +45,11 @@ def move_all(mover: Mover) -> None:
 class Sequence:
     """Where elements of tensors go, as places that can be compared."""
 
-    def __init__(self, catalog: Mapping[str, TensorSpec], items: Iterable[tuple[str, Box]]) -> None:
-        self._numbers = {place: number for number, place in enumerate(items)}
-        if not self._numbers:
-            boxes = ((key, chunk.box) for key, spec in catalog.items() for chunk in spec.chunks)
+    def __init__(self, catalog: Mapping[str, TensorSpec], order: Iterable[tuple[str, Box]]) -> None:
+        """order: the chunks as they lie in the files; where it has others, each is a file of its own."""
+        self._numbers = {place: number for number, place in enumerate(order)}
+        boxes = [(key, chunk.box) for key, spec in catalog.items() for chunk in spec.chunks]
+        if not self._numbers.keys() >= set(boxes):
             self._numbers = {place: number for number, place in enumerate(boxes)}
 
     def at(self, key: str, box: Box, element: int) -> Place:
