@@ -28,11 +28,11 @@ Tally.moved = lambda self, size: (moved(self, size), time.sleep(0.2))
 SIGNAL_AGAIN = """
 import os, signal
 from transcoder import work
-keep = work._worth_keeping
+keep = work.worth_keeping
 def again(*a):
     os.kill(os.getpid(), signal.SIGHUP)
     return keep(*a)
-work._worth_keeping = again
+work.worth_keeping = again
 """
 
 

@@ -19,6 +19,9 @@ ROOT = Path(transcoder.__file__).parent
 HEAVY = {"torch", "megatron", "transformers", "ray", "accelerate"}
 Graph = Mapping[str, set[str]]
 
+REMOTE = {f"transcoder.remote.{name}" for name in ("errors", "files", "paths", "store")}  # paths of object stores
+UPLOADS = "transcoder.remote.uploads"
+
 # What a module may reach by any path of imports of our own, imports inside functions included.
 FOUNDATION: dict[str, set[str]] = {
     "transcoder.errors": set(),
@@ -27,8 +30,9 @@ FOUNDATION: dict[str, set[str]] = {
     "transcoder.layout": {"transcoder.notation"},
     "transcoder.moves": {"transcoder.layout", "transcoder.notation", "transcoder.spec"},
     "transcoder.mesh": {"transcoder.errors"},
-    "transcoder.paths": {"transcoder.errors"},
-    "transcoder.hfconfig": {"transcoder.errors", "transcoder.paths"},
+    "transcoder.remote.store": set(),
+    "transcoder.paths": {"transcoder.errors", *REMOTE},
+    "transcoder.hfconfig": {"transcoder.errors", "transcoder.paths", "transcoder.disk", *REMOTE, UPLOADS},
     "transcoder.recipe": {"transcoder.layout", "transcoder.notation", "transcoder.errors"},
 }
 ABOVE_FORMATS = {"planner", "atlas", "checks", "engine", "importing", "exporting", "megatron", "api", "cli"}

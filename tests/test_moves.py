@@ -36,7 +36,8 @@ from oracles import (
 )
 
 from transcoder.atlas import Atlas
-from transcoder.engine import fill, gather, scatter
+from transcoder.engine import gather, scatter
+from transcoder.fillers import fill
 from transcoder.layout import parse
 from transcoder.moves import Copy, boxes_of_range, clip, copy_of, fuse, runs, strides
 from transcoder.planner import Model

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from oracles import Memory, Tree, dims_of, model_of, shape_of, sizes_of, spec_of, spelled, tilings, write
 
 from transcoder.atlas import Atlas
-from transcoder.engine import fill, scatter
+from transcoder.engine import scatter
+from transcoder.fillers import fill
 from transcoder.layout import parse
 from transcoder.moves import runs
 from transcoder.spec import DTYPES, Box, box_shape

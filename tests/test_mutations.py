@@ -24,8 +24,9 @@ from zoo import FP8_KINDS, KINDS, MXFP4_KINDS, Config, Tensors, made, read_confi
 
 from transcoder.api import plan_hf2mcore
 from transcoder.errors import InputError, TranscoderError
-from transcoder.importing import ImportPlan, stream_import
+from transcoder.importing import ImportPlan
 from transcoder.layout import parse
+from transcoder.movers import stream_import
 from transcoder.notation import Axis, LayoutError, Node, leaves
 from transcoder.progress import Tally
 from transcoder.recipe import Recipe, Rule, Side

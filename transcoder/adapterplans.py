@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_hf, check_mcore
 from transcoder.codecs import weights_of
 from transcoder.dialects import dialect_of
+from transcoder.disk import there
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.exportplan import ExportPlan, digests_of
 from transcoder.formats.huggingface import open_hf, side_files
@@ -178,7 +178,7 @@ def open_adapter(
     check_mcore(model, store.catalog)
     atlas = Atlas(store.catalog)
     check_coverage(model, atlas)
-    reference = folder / "hf" if os.path.lexists(folder / "hf" / CONFIG) else None
+    reference = folder / "hf" if there(folder / "hf" / CONFIG) else None
     usual = one_dtype(model, store)
     found = Megatron(
         folder, store, model, atlas, usual, base.architecture, reference, base.config, None, origin, {}, table

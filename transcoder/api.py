@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from transcoder import converting
 from transcoder.converting import MEMORY, How, convert, worker_count
 from transcoder.errors import PathLike, UsageError
+from transcoder.places import place as as_place
 from transcoder.planning import plan_hf2mcore, plan_mcore2hf
 from transcoder.progress import Listener, Tally
 from transcoder.reading import verify
+from transcoder.remote.paths import remote
 
 if TYPE_CHECKING:
     from transcoder.description import Plan
@@ -95,7 +97,8 @@ def plan(src: PathLike, *, memory: int | str = MEMORY, **options: Any) -> Plan:
     from transcoder.formats.huggingface import is_hf
     from transcoder.reports import size_of
 
-    if is_hf(Path(src)):
+    src = as_place(src)
+    if is_hf(src):
         return Plan("hf2mcore", plan_hf2mcore(src, **options), size_of(memory))
     return Plan("mcore2hf", plan_mcore2hf(src, **options), size_of(memory))
 
@@ -130,11 +133,14 @@ def roundtrip(
     if options.get("merge_adapter"):
         raise UsageError("a round trip gives everything back: it cannot merge an adapter", kind="adapter")
     hands = worker_count(workers, memory)
-    place = Path(dst) / Path(src).resolve().name if dst else None
+    source = as_place(src)
+    place = as_place(dst) / source.resolve().name if dst else None
+    if remote(place):
+        raise UsageError("a round trip writes to a directory; its source may be a URL", kind="destination")
     for path in (place, megatron_save_path):
         if path:
-            check_free(Path(path), Path(src), overwrite)
-    work = plan_hf2mcore(src, **options)
+            check_free(as_place(path), source, overwrite)
+    work = plan_hf2mcore(source, **options)
     total = sum(spec.nbytes for spec in work.source.catalog.values())
     tally = Tally(work.model, total, progress)
     run: dict[str, Any] = {"workers": workers, "memory": memory, "sync": sync, "overwrite": overwrite}
@@ -146,7 +152,7 @@ def roundtrip(
         through_memory(work, hands, tally)
     else:
         who = import_identity(work, {"roundtrip": True})
-        with destination(place, Path(src), who, overwrite=overwrite, sync=sync, whole=True) as folder:
+        with destination(place, source, who, overwrite=overwrite, sync=sync, whole=True) as folder:
             into_files(work, folder, hands, tally)
     written = (total if place else 0) + (sum(work.placement.sizes.values()) if megatron_save_path else 0)
     rows = [_row(work, name) for name in work.model.hf]

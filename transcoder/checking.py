@@ -18,7 +18,7 @@ from transcoder.formats.peft import is_peft
 from transcoder.formats.store import Store
 from transcoder.iterations import current_rows, find_iteration, notes
 from transcoder.original import kept_headers, kept_index
-from transcoder.paths import map_file
+from transcoder.paths import Extent, extent, passing
 from transcoder.progress import Listener, Progress
 from transcoder.spec import Chunk
 
@@ -109,18 +109,17 @@ def _check_payloads(
     folder: Path, name: str, parts: list[tuple[str, Chunk]], row: Mapping[str, Any] | None, sample: float
 ) -> tuple[list[Problem], int]:
     """Compare the checksum of every sampled payload and, when all were read, that of the whole file."""
-    view, problems, whole, place, count = map_file(folder / name, root=folder), [], 0, 0, 0
+    view, problems, whole, place, count = extent(folder / name, root=folder), [], 0, 0, 0
     for key, chunk in sorted(parts, key=lambda part: part[1].offset):
         if not _sampled(key, chunk, sample):
             continue
-        found = _crc(view[chunk.offset : chunk.offset + chunk.nbytes])
-        gap = view[place : chunk.offset]
-        whole = crc32_combine(crc32(gap, whole), found, chunk.nbytes)
+        found = _crc(view, chunk.offset, chunk.offset + chunk.nbytes)
+        whole = crc32_combine(_crc(view, place, chunk.offset, whole), found, chunk.nbytes)
         place, count = chunk.offset + chunk.nbytes, count + 1
         if chunk.crc is not None and found != chunk.crc:
             expected = f"CRC-32 {chunk.crc:08x}"
             problems.append(Problem(file=name, tensor=key, expected=expected, found=f"{found:08x}"))
-    whole = crc32(view[place:], whole)
+    whole = _crc(view, place, len(view), whole)
     if row is not None and sample >= 100 and not problems and f"crc32:{whole:08x}" != row["digest"]:
         problems.append(Problem(file=name, expected=row["digest"], found=f"crc32:{whole:08x}"))
     return problems, count
@@ -130,8 +129,7 @@ def _sampled(key: str, chunk: Chunk, sample: float) -> bool:
     return sample >= 100 or zlib.crc32(repr((key, chunk.box)).encode()) % 10000 < sample * 100
 
 
-def _crc(data: memoryview) -> int:
-    value = 0
-    for start in range(0, len(data), PIECE):
-        value = crc32(data[start : start + PIECE], value)
+def _crc(view: Extent, start: int, stop: int, value: int = 0) -> int:
+    for piece in passing(view, start, stop, PIECE):
+        value = crc32(piece, value)
     return value

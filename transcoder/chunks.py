@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from isal.isal_zlib import crc32
 
@@ -10,7 +10,10 @@ from transcoder.engine import Fetch
 from transcoder.errors import Problem, refuse
 from transcoder.ledger import Part
 from transcoder.mapped import ready
+from transcoder.moves import Copy, runs
+from transcoder.paths import Extent
 from transcoder.planner import HfTensor
+from transcoder.remote.files import RemoteFile
 from transcoder.spec import Box, Chunk
 from transcoder.sums import Sums
 
@@ -18,13 +21,21 @@ from transcoder.sums import Sums
 class CheckedChunks:
     """Payload ranges of mapped chunks; the recorded CRC-32 of each is compared once all of it has been read."""
 
-    def __init__(self, view: Callable[[str], memoryview]) -> None:
+    def __init__(self, view: Callable[[str], Extent]) -> None:
         self._view, self._sums = view, Sums()
 
     def again(self, key: str, chunk: Chunk, start: int, count: int) -> memoryview:
         """Payload bytes [start, start + count) that `fetch` gives, too, and checks."""
         first = chunk.offset + start
         return ready(self._view(chunk.file), first, first + count, chunk.file, key)
+
+    def ahead(self, pieces: Iterable[tuple[str, Chunk, Copy]], size: int) -> None:
+        """Begin to fetch what holds these pieces, `size` bytes an element, if it has to be fetched."""
+        for _, chunk, copy in pieces:
+            view = self._view(chunk.file)
+            if isinstance(view, RemoteFile):
+                starts = ((chunk.offset + run.chunk * size, run.count * size) for run in runs(copy))
+                view.ahead((first, first + count) for first, count in starts)
 
     def fetch(self, key: str, chunk: Chunk, start: int, count: int) -> memoryview:
         """Payload bytes [start, start + count) of a chunk. Raises InputError when a completed chunk is damaged."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Any
 
 import click
 
 from transcoder import phrases, readcli
 from transcoder.console import Console
-from transcoder.errors import UsageError
+from transcoder.errors import PathLike, UsageError
 from transcoder.group import cli
 from transcoder.options import (
     ARCH,
@@ -99,7 +98,7 @@ def _iteration(text: str) -> int | str:
     return int(text)
 
 
-def _plan(planner: Callable[..., Any], src: str, arguments: Report, command: str) -> Report:
+def _plan(planner: Callable[..., Any], src: PathLike, arguments: Report, command: str) -> Report:
     from inspect import signature
 
     from transcoder.converting import worker_count
@@ -207,10 +206,12 @@ def plan(src: str, **chosen: Any) -> int:
     def work() -> Report:
         from transcoder import planning
         from transcoder.formats.huggingface import is_hf
+        from transcoder.places import place
 
         _, arguments = _writing(chosen)
-        planner = planning.plan_hf2mcore if is_hf(Path(src)) else planning.plan_mcore2hf
-        return _plan(planner, src, arguments, planner.__name__.removeprefix("plan_"))
+        source = place(src)
+        planner = planning.plan_hf2mcore if is_hf(source) else planning.plan_mcore2hf
+        return _plan(planner, source, arguments, planner.__name__.removeprefix("plan_"))
 
     return out.run(work, _planned)
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import PathLike, UsageError
+from transcoder.places import place
 from transcoder.planning import plan_hf2mcore, plan_mcore2hf, plan_reshard
 from transcoder.progress import Listener, Tally
+from transcoder.remote.paths import remote
+
+if TYPE_CHECKING:
+    from transcoder.importing import ImportPlan
+    from transcoder.work import Work
 
 MEMORY = 64 << 20  # bytes of buffers
 SMALLEST_MEMORY = 16 << 20  # bytes: two bands and their conversions for one worker
@@ -44,6 +51,7 @@ class Kind:
     verify: Callable[[Any, Path], None]
     report: Callable[[Any, PathLike, PathLike, list[str]], dict[str, Any]]
     written: Callable[[Any], tuple[int, int]]  # bytes read and written
+    open: Callable[[Any, int], int]  # files that so many workers write at a time
     whole: bool  # whether the result replaces an old one at one moment
     stale: Callable[[Path], Iterable[str]]
 
@@ -51,24 +59,56 @@ class Kind:
 def convert(kind: Kind, src: PathLike, dst: PathLike, how: How, options: dict[str, Any]) -> dict[str, Any]:
     """Do it. Returns the report; raises TranscoderError."""
     from transcoder.checksums import check_kind
-    from transcoder.publishing import check_free
     from transcoder.reports import costs
-    from transcoder.work import destination
 
-    started, place = time.monotonic(), Path(dst)
+    started, source, target = time.monotonic(), place(src), place(dst, writing=True)
     hands = worker_count(how.workers, how.memory)
     check_kind(how.checksums)
-    check_free(place, Path(src), how.overwrite or how.resume)
-    plan = kind.planner(src, **options)
-    who = kind.identity(plan, _all_options(kind.planner, src, options) | {"checksums": how.checksums})
-    modes = {"overwrite": how.overwrite, "resume": how.resume, "sync": how.sync}
-    with destination(place, Path(src), who, whole=kind.whole, stale=kind.stale(place), **modes) as work:
+    if options.get("link") and (remote(source) or remote(target)):
+        raise UsageError("--link: object stores have no links", kind="link")
+    if remote(target) and (form := options.get("format", "torch_dist")) != "torch_dist":
+        raise UsageError(f"--format {form} is written to directories; torch_dist to object stores, too", kind="format")
+    check_destination(target, source, how.overwrite or how.resume)
+    plan = kind.planner(source, **options)
+    who = kind.identity(plan, _all_options(kind.planner, source, options) | {"checksums": how.checksums})
+    with _destination(kind, plan, source, target, who, how, hands) as work:
         if not work.finished:
             work.tally = Tally(kind.model(plan), kind.total(plan), how.progress)
-            work.warnings = kind.run(plan, work, workers=hands, tally=work.tally, checksums=how.checksums)
+            for there in filter(None, (remote(source), remote(target))):
+                there.bucket.stop = work.tally.stop
+            work.warnings = kind.run(plan, work, workers=work.hands or hands, tally=work.tally, checksums=how.checksums)
             if how.verify:
                 kind.verify(plan, work.out)
     return kind.report(plan, src, dst, work.warnings) | costs(started, *kind.written(plan))
+
+
+def check_destination(dst: Path, src: Path, overwrite: bool) -> None:
+    """Refuse a destination that cannot be written to. Raises OutputError, UsageError."""
+    if there := remote(dst):
+        from transcoder.remote.work import check_free as check_prefix
+
+        check_prefix(there, src, overwrite)
+        return
+    from transcoder.publishing import check_free
+
+    check_free(dst, src, overwrite)
+
+
+def _destination(
+    kind: Kind, plan: Any, src: Path, dst: Path, who: Mapping[str, Any], how: How, hands: int
+) -> AbstractContextManager[Work]:
+    stale, modes = kind.stale(dst), {"overwrite": how.overwrite, "resume": how.resume}
+    if there := remote(dst):
+        from transcoder.remote import work as remote_work
+        from transcoder.reports import size_of
+
+        share = remote_work.share(lambda workers: kind.open(plan, workers), hands, size_of(how.memory))
+        return remote_work.destination(
+            there, src, who, share=share, stale=stale, again=bool(how.verify or how.checksums), **modes
+        )
+    from transcoder.work import destination
+
+    return destination(dst, src, who, whole=kind.whole, stale=stale, sync=how.sync, **modes)
 
 
 def _all_options(planner: Callable[..., Any], src: PathLike, options: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +128,11 @@ def worker_count(workers: int, memory: int | str) -> int:
     if workers < 0:
         raise UsageError("--workers: give a number of 1 or more", kind="workers")
     return max(1, min(workers or min(4, os.cpu_count() or 1), size // SMALLEST_MEMORY))
+
+
+def _open_files(plan: ImportPlan) -> int:
+    """Files of one pipeline stage, each of which has an unfinished part between two tensors."""
+    return -(-sum(size > 0 for size in plan.placement.sizes.values()) // plan.mesh.pp)
 
 
 def importing() -> Kind:
@@ -113,6 +158,7 @@ def importing() -> Kind:
         verify=verify_import,
         report=report,
         written=lambda plan: (total(plan), sum(plan.placement.sizes.values())),
+        open=lambda plan, workers: _open_files(plan),
         whole=False,
         stale=lambda dst: TRACKERS,
     )
@@ -137,6 +183,7 @@ def exporting() -> Kind:
         verify=verify_export,
         report=lambda plan, src, dst, warnings: export_report(plan, dst, warnings),
         written=lambda plan: (plan.source.nbytes, total(plan)),
+        open=lambda plan, workers: 2 * min(workers, len(plan.shards)),
         whole=True,
         stale=stale_weights,
     )
@@ -161,6 +208,7 @@ def resharding() -> Kind:
         verify=verify_reshard,
         report=reshard_report,
         written=lambda plan: (plan.source.nbytes, sum(plan.target.placement.sizes.values())),
+        open=lambda plan, workers: _open_files(plan.target),
         whole=False,
         stale=lambda dst: TRACKERS,
     )

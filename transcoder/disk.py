@@ -9,13 +9,21 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from transcoder.remote.paths import remote
+from transcoder.remote.uploads import Upload
+
 PIECE = 1 << 20  # bytes of one write
 START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
-def sized(path: Path, size: int) -> int:
+File = int | Upload  # a descriptor, or an object of a store that is sent part by part
+
+
+def sized(path: Path, size: int) -> File:
     """The descriptor of a regular file with room for `size` bytes, made where it is missing. Raises OSError."""
+    if there := remote(path):
+        return there.upload(size)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         if size:
@@ -26,8 +34,11 @@ def sized(path: Path, size: int) -> int:
     return file
 
 
-def write_all(file: int, data: memoryview, offset: int) -> None:
+def write_all(file: File, data: memoryview, offset: int) -> None:
     """Write every byte at `offset`, however often the kernel writes fewer."""
+    if isinstance(file, Upload):
+        file.write(data, offset)
+        return
     while len(data):
         written = os.pwrite(file, data[:PIECE], offset)
         data, offset = data[written:], offset + written
@@ -35,6 +46,9 @@ def write_all(file: int, data: memoryview, offset: int) -> None:
 
 def write_file(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
     """A new regular file, durable if `sync`; folders above it are made. Raises OSError."""
+    if there := remote(path):
+        there.put(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -45,10 +59,22 @@ def write_file(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
         os.close(file)
 
 
-def start_flush(file: int, offset: int, size: int) -> None:
+def make_durable(file: File) -> None:
+    """Wait until what was written is on disk; parts of an object are where they belong once they are sent."""
+    if isinstance(file, int):
+        os.fdatasync(file)
+
+
+def close(file: File) -> None:
+    """Release a descriptor."""
+    if isinstance(file, int):
+        os.close(file)
+
+
+def start_flush(file: File, offset: int, size: int) -> None:
     """Let the kernel begin to write a range to disk, where it can; errors show when the file is synced."""
     call = _libc("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    if call is not None:
+    if call is not None and isinstance(file, int):
         call(file, offset, size, START_WRITING)
 
 
@@ -108,7 +134,8 @@ def sync_folder(folder: Path) -> None:
 
 def forget_pages(root: Path) -> None:
     """Drop the cached pages of all files below a folder that are on disk, so that the disk is read next."""
-    for path in (path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
+    files = root.rglob("*") if isinstance(root, Path) else ()
+    for path in (path for path in files if path.is_file() and not path.is_symlink()):
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

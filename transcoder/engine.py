@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 
 from transcoder.atlas import Atlas
 from transcoder.codecs import Codec
-from transcoder.disk import PIECE
 from transcoder.errors import refuse
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.kernels import strided
 from transcoder.kernels.casts import add, cast
 from transcoder.mapped import ready
 from transcoder.moves import Copy, Run, runs
-from transcoder.paths import map_file
-from transcoder.planner import Filler, HfTensor
+from transcoder.paths import Extent, extent
+from transcoder.planner import HfTensor
 from transcoder.progress import Cancelled
+from transcoder.remote.files import RemoteFile
 from transcoder.spec import Chunk, DType, TensorSpec
 from transcoder.staging import STAGE, staging
 
@@ -56,7 +56,7 @@ def elements(data: memoryview, dtype: DType) -> Array:
     return np.frombuffer(data, dtype=f"<u{dtype.size}")
 
 
-def stored(views: Mapping[str, memoryview], spec: TensorSpec, start: int, stop: int) -> Array:
+def stored(views: Mapping[str, Extent], spec: TensorSpec, start: int, stop: int) -> Array:
     """The elements [start, stop) of a tensor of a mapped safetensors file, in place. Raises InputError."""
     file, base, size = spec.chunks[0].file, spec.chunks[0].offset, spec.dtype.size
     return elements(ready(views[file], base + start * size, base + stop * size, file, spec.name), spec.dtype)
@@ -66,7 +66,7 @@ class Payloads:
     """The files of a Hugging Face directory, mapped; weights are read as flat element ranges (raw bits)."""
 
     def __init__(self, source: HfDirectory) -> None:
-        self._views = {shard.name: map_file(source.path / shard.name, source.follow_links) for shard in source.shards}
+        self._views = {shard.name: extent(source.path / shard.name, source.follow_links) for shard in source.shards}
         self.weights = source.weights
 
     def bands(self, name: str) -> Iterator[tuple[int, int]]:
@@ -83,11 +83,27 @@ class Payloads:
         codec, spec = self.weights.codecs.get(name), self.weights.catalog[name]
         if codec is None:
             return self.stored(spec, start, stop)
-        width = spec.shape[-1]
-        first = start // width // codec.rows * codec.rows
-        last = min(-(-stop // (width * codec.rows)) * codec.rows, prod(spec.shape[:-1]))
+        width, (first, last) = spec.shape[-1], self._rows(codec, spec, start, stop)
         values: Array = codec.decode(self.parts(codec, first, last), spec.dtype.name)
         return values[start - first * width : stop - first * width]
+
+    def ahead(self, name: str, start: int, stop: int) -> None:
+        """Begin to fetch what `read` will read, if it has to be fetched."""
+        codec, spec = self.weights.codecs.get(name), self.weights.catalog[name]
+        wanted = [(spec, (start, stop))]
+        if codec is not None:
+            wanted = list(zip(codec.parts, codec.places(*self._rows(codec, spec, start, stop)), strict=True))
+        for part, (begin, end) in wanted:
+            view, base = self._views[part.chunks[0].file], part.chunks[0].offset
+            if isinstance(view, RemoteFile):
+                view.ahead([(base + begin * part.dtype.size, base + end * part.dtype.size)])
+
+    @staticmethod
+    def _rows(codec: Codec, spec: TensorSpec, start: int, stop: int) -> tuple[int, int]:
+        """The rows that have to be decoded for some elements."""
+        width = spec.shape[-1]
+        first = start // width // codec.rows * codec.rows
+        return first, min(-(-stop // (width * codec.rows)) * codec.rows, prod(spec.shape[:-1]))
 
     def weigh(self, name: str, start: int, stop: int) -> int:
         """Stored bytes behind the elements [start, stop) of a band."""
@@ -175,30 +191,6 @@ def received(tensor: HfTensor, band: Array, dtype: DType, kept: Array | None) ->
         return band
     values = add(band, dtype.name, -plus)
     return values if kept is None else np.where(sent(tensor, kept, dtype) == band, kept, values)
-
-
-def fill(atlas: Atlas, filler: Filler, dtype: DType, sink: Sink) -> None:
-    """Write zeros where no Hugging Face tensor supplies elements."""
-    zeros = memoryview(bytes(PIECE))
-    for chunk, start, size in _filler_ranges(atlas, filler, dtype):
-        sink(filler.key, chunk, start, zeros[:size])
-
-
-def holds_values(atlas: Atlas, filler: Filler, dtype: DType, fetch: Fetch) -> bool:
-    """Whether filler holds something other than zeros; all of it is read."""
-    found = False
-    for chunk, start, size in _filler_ranges(atlas, filler, dtype):
-        found |= bool(np.any(np.frombuffer(fetch(filler.key, chunk, start, size), np.uint8)))
-    return found
-
-
-def _filler_ranges(atlas: Atlas, filler: Filler, dtype: DType) -> Iterator[tuple[Chunk, int, int]]:
-    """Chunk, first payload byte and count, at most a piece each."""
-    for chunk, copy in atlas.fillers(filler):
-        for run in runs(copy):
-            first, nbytes = run.chunk * dtype.size, run.count * dtype.size
-            for begin in range(0, nbytes, PIECE):
-                yield chunk, first + begin, min(PIECE, nbytes - begin)
 
 
 def converted(band: Array, source: DType, target: DType) -> Array:

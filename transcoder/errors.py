@@ -4,6 +4,7 @@
     ├── UsageError   (ValueError)  2  wrong options
     ├── InputError   (ValueError)  3  the input was refused; nothing is visible at the destination
     ├── OutputError  (OSError)     4  destination or environment: disk full, exists, locked
+    ├── RemoteError                4  an object store is lost, on either side; 3 where it refuses to give a source
     └── DifferenceError            5  a comparison found a difference
 
 An error carries a stable `kind` for machines and any number of `Problem`s, each naming the tensor or file,
@@ -90,6 +91,17 @@ class OutputError(TranscoderError, OSError):
     """The destination or the machine does not allow the work."""
 
     exit_code = 4
+
+
+class RemoteError(TranscoderError):
+    """An object store does not answer or refuses. Not an OSError: no reader of a file takes it for a fault of that.
+
+    A run that meets it can go on with --resume.
+    """
+
+    def __init__(self, message: str, *, source: bool = False, kind: str, problems: Iterable[Problem]) -> None:
+        super().__init__(message, kind=kind, problems=problems)
+        self.exit_code = 3 if source else 4
 
 
 class DifferenceError(TranscoderError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.checksums import SUMS, files_below, sums, text
-from transcoder.disk import sized, start_flush, write_all, write_file
+from transcoder.disk import File, close, make_durable, sized, start_flush, write_all, write_file
 from transcoder.errors import Problem, refuse
 from transcoder.exportplan import ExportPlan
 from transcoder.formats.safetensors import INDEX_NAME, Shard
@@ -104,16 +103,16 @@ def stream_export(plan: ExportPlan, work: Work, workers: int, tally: Tally) -> l
     return sorted([*warnings, *tally.warnings()])
 
 
-def flush(files: Mapping[str, int]) -> None:
+def flush(files: Mapping[str, File]) -> None:
     """Make everything written to these files durable. Raises OSError."""
     for file in files.values():
-        os.fdatasync(file)
+        make_durable(file)
 
 
 @contextmanager
-def shard_files(shards: Iterable[Shard], folder: Path) -> Iterator[dict[str, int]]:
+def shard_files(shards: Iterable[Shard], folder: Path) -> Iterator[dict[str, File]]:
     """Open files of the final size with their headers written, by name."""
-    files: dict[str, int] = {}
+    files: dict[str, File] = {}
     try:
         for shard in shards:
             files[shard.name] = sized(folder / shard.name, shard.size)
@@ -121,14 +120,14 @@ def shard_files(shards: Iterable[Shard], folder: Path) -> Iterator[dict[str, int
         yield files
     finally:
         for file in files.values():
-            os.close(file)
+            close(file)
 
 
 def _move(
     plan: ExportPlan,
     spec: TensorSpec,
     merger: Merger,
-    file: int,
+    file: File,
     chunks: CheckedChunks,
     kept: Kept,
     ledger: Ledger,
@@ -146,8 +145,15 @@ def _move(
     stored = source.stored(tensor)
     track = Track(ledger, tensor.name, tensor.shape, stored)
     fetch = chunks.reader(tensor, track.parts)
-    for start, stop in strokes(source.atlas, tensor, bands(tensor.shape, stored)):
+    found = strokes(source.atlas, tensor, bands(tensor.shape, stored))
+    todo = iter([stroke for stroke in found if stroke[1] > track.stop])
+    coming = 0
+    for start, stop in found:
         if stop > track.stop:
+            while coming < 2 and (stroke := next(todo, None)):  # this one and the next
+                chunks.ahead(source.atlas.pieces(tensor, *stroke), stored.size)
+                coming += 1
+            coming -= 1
             begin = place.offset + start * spec.dtype.size
             for first, band in collected(source.atlas, tensor, (start, stop), stored, fetch, begin, spec.dtype.size):
                 values = received(tensor, band, stored, kept.values(tensor, stored, first, first + band.size))
@@ -175,7 +181,7 @@ def check_digest(plan: ExportPlan, name: str, found: str) -> None:
 
 def check_filler(source: Megatron, fetch: Fetch) -> list[str]:
     """Warn of padding rows that are not zero; refuse a bias that Hugging Face cannot hold and that is not zero."""
-    from transcoder.engine import holds_values
+    from transcoder.fillers import holds_values
 
     padded: set[str] = set()
     problems = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import Problem, reason, refuse
 from transcoder.paths import read_small
 
@@ -64,7 +64,7 @@ def _no_constant(text: str) -> Any:
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. Raises InputError when it is absent or not an object."""
     path = directory / "config.json"
-    if not os.path.lexists(path):
+    if not there(path):
         problem = Problem(
             file="config.json", expected="a Hugging Face directory with config.json", found="no such file"
         )

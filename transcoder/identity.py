@@ -9,9 +9,11 @@ from typing import Any
 import xxhash
 
 from transcoder.errors import InputError, Problem, UsageError
+from transcoder.places import places
+from transcoder.remote.paths import remote
 
 TOOL_VERSION = "0.1.0"
-FACTS = ("bytes", "modified, in ns", "inode")  # of a source file
+FACTS = ("bytes", "modified, in ns, or the ETag", "inode")  # of a source file or object
 
 
 def identity(command: str, options: Mapping[str, Any], files: Iterable[Path], plan: Iterable[bytes]) -> dict[str, Any]:
@@ -33,7 +35,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def _facts(path: Path) -> list[int]:
+def _facts(path: Path) -> list[int | str]:
+    if there := remote(path):
+        return there.facts()
     try:
         facts = path.stat()
     except OSError as error:
@@ -44,7 +48,7 @@ def _facts(path: Path) -> list[int]:
 
 def check_unchanged(row: Mapping[str, Any], cause: Exception | None = None) -> None:
     """Whether the source files are those that the run began with. Raises InputError naming each that is not."""
-    now = {path: _facts(Path(path)) for path in row["source"]}
+    now = {name: _facts(path) for name, path in places(row["source"]).items()}
     if problems := _changed(row["source"], now):
         raise InputError("the source changed during the run", kind="source-changed", problems=problems) from cause
 
@@ -72,7 +76,7 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
     return [Problem(message=n, expected=str(old.get(n)), found=str(new.get(n)), hint=hint) for n in names]
 
 
-def _changed(old: Mapping[str, list[int]], new: Mapping[str, list[int]]) -> list[Problem]:
+def _changed(old: Mapping[str, list[int | str]], new: Mapping[str, list[int | str]]) -> list[Problem]:
     problems = []
     for path in sorted(old.keys() | new.keys()):
         before, after = old.get(path), new.get(path)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product as combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,24 +15,22 @@ from transcoder.dialects import DIALECTS
 from transcoder.errors import Problem, UsageError, refuse
 from transcoder.formats.huggingface import HfDirectory, open_hf
 from transcoder.formats.opening import NOTES, place
-from transcoder.formats.placement import SETS, Placement, Wanted
+from transcoder.formats.placement import Placement, Wanted
 from transcoder.formats.safetensors import INDEX_NAME
 from transcoder.hfconfig import architecture_of, normalise
 from transcoder.mesh import Mesh
 from transcoder.notation import LayoutError
-from transcoder.planner import HfTensor, McoreTensor, Model, build_model
+from transcoder.planner import McoreTensor, Model, build_model
 from transcoder.progress import Tally
 from transcoder.recipe import Recipe
 from transcoder.recipes import recipe_for
+from transcoder.remote.paths import remote
 from transcoder.sizing import axis_sizes, given_sizes
-from transcoder.spec import DTYPES, DType
+from transcoder.spec import DTYPES, Box, DType
 from transcoder.updates import Merge, merge_of
 from transcoder.variants import import_variants
 
 if TYPE_CHECKING:
-    from transcoder.engine import Payloads, Sink
-    from transcoder.ledger import Ledger
-    from transcoder.merging import Merger
     from transcoder.work import Work
 
 
@@ -61,6 +58,13 @@ class ImportPlan:
     def folder(self) -> str:
         """The iteration directory's name."""
         return "release" if self.iteration == "release" else f"iter_{self.step:07d}"
+
+    def order(self) -> list[tuple[str, Box]]:
+        """Every chunk of ranks' files, by key and box, in the order in which it lies there: layer by layer."""
+        found = (wanted_chunks(tensor, self.mesh, self.dtype) for tensor in self.model.mcore.values())
+        wanted = sorted(found, key=lambda tensor: tensor.name)
+        rows = sorted((order, n, i) for n, tensor in enumerate(wanted) for i, (_, _, order) in enumerate(tensor.chunks))
+        return [(wanted[n].name, wanted[n].chunks[i][0]) for _, n, i in rows]
 
     @property
     def step(self) -> int:
@@ -215,6 +219,7 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
     from transcoder.kept import NAME as KEPT
     from transcoder.kept import write_kept
     from transcoder.ledger import Ledger
+    from transcoder.movers import stream_import
 
     folder = work.out / plan.folder
     work.begin({f"{plan.folder}/{name}": size for name, size in plan.placement.sizes.items()})
@@ -223,7 +228,8 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
     try:
         writer.prepare()
         ledger.restore(plan.placement.catalog, writer.passed)
-        digests = stream_import(plan, writer.write, workers, tally, ledger)
+        ordered = bool(remote(work.out) or remote(plan.source.path))
+        digests = stream_import(plan, writer.write, workers, tally, ledger, ordered)
         warnings = [*write_kept(plan, folder / KEPT, work.sync), *tally.warnings()]
         crcs = writer.finish()
         ledger.sync()
@@ -231,99 +237,3 @@ def run_import(plan: ImportPlan, work: Work, *, workers: int, tally: Tally, chec
         writer.close()
     write_side_files(plan, work.out, digests, crcs, work.sync, workers if checksums else 0)
     return warnings
-
-
-def stream_import(
-    plan: ImportPlan, sink: Sink, workers: int, tally: Tally, ledger: Ledger | None = None
-) -> dict[str, str]:
-    """Move every payload byte. Returns the digest of each Hugging Face tensor, in the checkpoint's dtype."""
-    from transcoder.engine import Payloads
-    from transcoder.merging import Merger
-
-    payloads, merger = Payloads(plan.source), Merger(plan.merge)
-    catalog, digests = plan.source.weights.catalog, dict[str, str]()
-
-    def move(tensor: HfTensor) -> None:
-        digests[tensor.name] = _move(plan, tensor, payloads, merger, sink, tally, ledger)
-
-    order = {name: (spec.chunks[0].file, spec.chunks[0].offset) for name, spec in catalog.items()}
-    tensors = sorted(plan.model.hf.values(), key=lambda tensor: order[tensor.name])
-    run_sets(plan, tensors, move, sink, workers, tally)
-    check_aliases(plan.model, digests)
-    return digests
-
-
-def run_sets(
-    plan: ImportPlan,
-    tensors: Iterable[HfTensor],
-    move: Callable[[HfTensor], None],
-    sink: Sink,
-    workers: int,
-    tally: Tally,
-) -> None:
-    """Move every tensor, in this order within each of the file sets, then write what no tensor supplies."""
-    from transcoder.engine import fill, run_groups
-
-    groups: list[list[Callable[[], None]]] = [[] for _ in range(SETS)]
-    for tensor in tensors:
-        groups[plan.placement.sets[tensor.key]].append(partial(move, tensor))
-    for family, filler in plan.model.fillers():
-        job = partial(fill, plan.atlas, filler, family.dtype(plan.dtype), sink)
-        groups[plan.placement.sets[filler.key]].append(job)
-    run_groups(groups, workers, tally.stop)
-
-
-def _move(
-    plan: ImportPlan,
-    tensor: HfTensor,
-    payloads: Payloads,
-    merger: Merger,
-    sink: Sink,
-    tally: Tally,
-    ledger: Ledger | None,
-) -> str:
-    """Send one tensor to its chunks, band by band. Returns its digest."""
-    from transcoder.engine import scatter, sent
-    from transcoder.kernels.casts import finite
-    from transcoder.ledger import Track
-    from transcoder.turned import strokes
-
-    stored, target = plan.source.weights.catalog[tensor.name].dtype, tensor.family.dtype(plan.dtype)
-    track = Track(ledger, tensor.name, tensor.shape, target)
-    noted = track.noting(sink)
-    moves = list(payloads.bands(tensor.name))
-    changed = stored != target or tensor.name in payloads.weights.codecs or tensor.name in plan.merge.names
-    if not changed:  # in place: a longer range needs no memory
-        moves = strokes(plan.atlas, tensor, moves)
-    for start, stop in moves:
-        if stop > track.stop:
-            values = payloads.read(tensor.name, start, stop)
-            track.count("odd", not finite(values, stored.name))
-            band = merger.converted(tensor, start, values, stored, target)
-            track.tree.add(band)
-            if not tensor.family.rule.alias:
-                scatter(plan.atlas, tensor, start, sent(tensor, band, target), noted)
-            track.reach(stop)
-        tally.moved(payloads.weigh(tensor.name, start, stop))
-    tally.finished(tensor, odd=bool(track.counts.get("odd")))
-    return track.tree.text()
-
-
-def check_aliases(model: Model, digests: Mapping[str, str]) -> None:
-    """Refuse copies of a tensor that are not equal to it. Raises InputError naming each."""
-    originals = {_stored(tensor): tensor.name for tensor in model.hf.values() if not tensor.family.rule.alias}
-    pairs = [(name, originals[_stored(t)], t.family.rule) for name, t in model.hf.items() if t.family.rule.alias]
-    problems = [
-        Problem(tensor=name, rule=rule.label, expected=f"the same values as {original}", found="other values")
-        for name, original, rule in pairs
-        if digests[name] != digests[original]
-    ]
-    if problems:
-        hint = model.alias_hint or "Megatron has one tensor for both"
-        raise refuse("alias", f"{len(problems)} tensors differ from those that they repeat: {hint}", problems)
-
-
-def _stored(tensor: HfTensor) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """Which Megatron parameter a tensor is, or repeats."""
-    axes = {axis for side in tensor.family.rule.mcore for axis in side.name_axes}
-    return tensor.key, tuple(sorted((axis, i) for axis, i in tensor.index.items() if axis in axes))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import InputError, Problem, reason, refuse
 from transcoder.formats.opening import is_checkpoint
 from transcoder.formats.trainstate import step_of
@@ -28,7 +28,7 @@ def find_iteration(path: Path) -> Path:
     if is_checkpoint(path / "dist_ckpt"):
         return path / "dist_ckpt"
     existing = sorted(entry.name for entry in path.iterdir() if is_checkpoint(entry))
-    if os.path.lexists(path / TEXT_TRACKER):
+    if there(path / TEXT_TRACKER):
         return _tracked(path, existing)
     own = [name for name in existing if not (path / name).is_symlink()]
     if len(own) == 1:
@@ -43,7 +43,7 @@ def _tracked(path: Path, existing: list[str]) -> Path:
         hint = _why_unreadable(path / name)
         problem = Problem(file=TEXT_TRACKER, expected=f"one of {existing}", found=name, hint=hint)
         raise refuse("tracker", f"the tracker names {name}, which is not there", [problem])
-    if os.path.lexists(path / STATE_TRACKER):
+    if there(path / STATE_TRACKER):
         other = _state_names(path / STATE_TRACKER)
         if (path / name).resolve().name not in (other, "release"):
             found = f"{TEXT_TRACKER} names {name}, {STATE_TRACKER} names {other}"
@@ -62,7 +62,7 @@ def _why_unreadable(folder: Path) -> str:
 def notes(path: Path) -> list[str]:
     """What had to be guessed about a directory that `find_iteration` accepts."""
     given = is_checkpoint(path) or is_checkpoint(path / "dist_ckpt")
-    if given or os.path.lexists(path / TEXT_TRACKER):
+    if given or there(path / TEXT_TRACKER):
         return []
     return [f"there is no {TEXT_TRACKER}: the only iteration is taken"]
 

@@ -132,6 +132,9 @@ class Journal:
                 raise OSError(errno.ENOSPC, "no space left for the journal", str(self.path))
             self.marks += "tensor" in row
 
+    def attend(self, name: str) -> None:
+        """The thread goes on with this tensor: of interest where marks wait for what it writes."""
+
     def publish(self, entries: Mapping[str, int], warnings: list[str], *, durable: bool) -> None:
         """Note, durably, that everything is complete and which entries are about to appear. Raises OSError.
 

@@ -7,15 +7,14 @@ by a constant, which rounds, and tensors that a model does not need but the orig
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.codecs import FLOATS, Codec
-from transcoder.disk import sized, write_all
+from transcoder.disk import PIECE, File, close, make_durable, sized, write_all
 from transcoder.formats.safetensors import Shard, emit_header, read_shard
-from transcoder.paths import map_file
+from transcoder.paths import extent
 from transcoder.planner import HfTensor
 from transcoder.spec import DType, TensorSpec
 
@@ -50,27 +49,30 @@ def write_kept(plan: ImportPlan, path: Path, sync: bool) -> list[str]:
         write_all(file, memoryview(header), 0)
         place = len(header)
         for part in parts:
-            data = payloads.stored(part, 0, part.nbytes // part.dtype.size).data.cast("B")
-            write_all(file, data, place)
-            place += len(data)
+            count, step = part.nbytes // part.dtype.size, PIECE // part.dtype.size
+            for start in range(0, count, step):
+                data = payloads.stored(part, start, min(start + step, count)).data.cast("B")
+                write_all(file, data, place)
+                place += len(data)
         if sync:
-            os.fdatasync(file)
+            make_durable(file)
     finally:
-        os.close(file)
+        close(file)
     return list(_extremes(payloads))
 
 
 def copy_file(source: Path, folder: Path, sync: bool) -> None:
     """Carry what was kept beside one checkpoint over to another one."""
     if (source / NAME).is_file():
-        view = map_file(source / NAME)
+        view = extent(source / NAME)
         file = sized(folder / NAME, len(view))
         try:
-            write_all(file, view, 0)
+            for start in range(0, len(view), PIECE):
+                write_all(file, view[start : start + PIECE], start)
             if sync:
-                os.fdatasync(file)
+                make_durable(file)
         finally:
-            os.close(file)
+            close(file)
 
 
 def _extremes(payloads: Payloads) -> Iterator[str]:
@@ -111,7 +113,7 @@ class Kept:
         self._stored, self._converted = stored, converted
         folder, shards = kept_shards(source)
         follow = source.original is not None and source.original.follow_links
-        self._views = {shard.name: map_file(folder / shard.name, follow) for shard in shards}
+        self._views = {shard.name: extent(folder / shard.name, follow) for shard in shards}
         self._specs = {spec.name: spec for shard in shards for spec in shard.tensors}
 
     def read(self, part: TensorSpec, start: int, stop: int) -> Array | None:
@@ -130,7 +132,7 @@ class Kept:
         return None if known is None else self._converted(known, spec.dtype, dtype)
 
 
-def copy_kept(spec: TensorSpec, files: Mapping[str, int], kept: Kept, tally: Tally) -> None:
+def copy_kept(spec: TensorSpec, files: Mapping[str, File], kept: Kept, tally: Tally) -> None:
     """Write a tensor that no rule knows as the original has it."""
     data = kept.read(spec, 0, spec.nbytes // spec.dtype.size)
     _write(files, spec, 0, data)
@@ -141,7 +143,7 @@ def encode_weight(
     plan: ExportPlan,
     name: str,
     merger: Merger,
-    files: Mapping[str, int],
+    files: Mapping[str, File],
     chunks: CheckedChunks,
     kept: Kept,
     ledger: Ledger,
@@ -187,6 +189,6 @@ def _differing(one: Array, two: Array) -> int:
     return int((one != two).sum())
 
 
-def _write(files: Mapping[str, int], part: TensorSpec, start: int, array: Any) -> None:
+def _write(files: Mapping[str, File], part: TensorSpec, start: int, array: Any) -> None:
     place = part.chunks[0].offset + start * part.dtype.size
     write_all(files[part.chunks[0].file], memoryview(array).cast("B"), place)

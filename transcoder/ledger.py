@@ -105,6 +105,10 @@ class Ledger:
         """What is done of a tensor; told once."""
         return self._marks.pop(name, None) or Mark()
 
+    def attend(self, name: str) -> None:
+        """The thread goes on with this tensor, of which another one may have moved a part."""
+        self._journal.attend(name)
+
     def note(self, row: dict[str, object], size: int) -> None:
         """Add a mark for `size` bytes that passed; now and then a sync point. Raises OSError."""
         self._journal.append(row)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from transcoder.disk import there
 from transcoder.errors import Problem, reason, refuse
 from transcoder.hfconfig import parse_json
 from transcoder.manifestcheck import NAME as NAME
@@ -55,7 +55,7 @@ def _compact(value: Any) -> str:
 def read(folder: Path) -> dict[str, Any] | None:
     """The manifest of an iteration folder, or None. Raises InputError when it is damaged or of an unknown version."""
     path = folder / NAME
-    if not os.path.lexists(path):
+    if not there(path):
         return None
     try:
         data = read_small(path, LIMIT)

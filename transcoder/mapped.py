@@ -10,22 +10,22 @@ from pathlib import Path
 
 from transcoder.errors import InputError, Problem, TranscoderError, reason
 from transcoder.formats.huggingface import SIDE_LIMIT
-from transcoder.paths import read_small
+from transcoder.paths import Extent, read_small
 
 PAGE = mmap.PAGESIZE
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: reads pages in, and fails where touching them would kill
 UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.EPERM)  # what older kernels and sandboxes say of it
 
 
-def ready(view: memoryview, start: int, stop: int, file: str, tensor: str) -> memoryview:
+def ready(view: Extent, start: int, stop: int, file: str, tensor: str) -> memoryview:
     """The bytes [start, stop) of a mapped file, read in. Raises InputError when the disk or the file fails."""
     data = view[start:stop]
     if len(data) != stop - start:
         raise _lost(file, tensor, start, "the file ends before")
-    if isinstance(view.obj, mmap.mmap) and stop > start:
+    if isinstance(mapped := getattr(view, "obj", None), mmap.mmap) and stop > start:
         first = start // PAGE * PAGE
         try:
-            view.obj.madvise(POPULATE_READ, first, stop - first)
+            mapped.madvise(POPULATE_READ, first, stop - first)
         except OSError as error:
             if error.errno not in UNKNOWN:
                 raise _lost(file, tensor, start, f"cannot be read: {error.strerror}") from error

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from pathlib import Path
 from threading import Lock
 
-from transcoder.paths import map_file
+from transcoder.paths import Extent, extent
 
 LIMIT = 256  # files mapped at once, each of which costs a descriptor
 
@@ -16,13 +16,13 @@ class Maps:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lock = folder, Lock()
-        self._views: OrderedDict[str, memoryview] = OrderedDict()
+        self._views: OrderedDict[str, Extent] = OrderedDict()
 
-    def __getitem__(self, name: str) -> memoryview:
+    def __getitem__(self, name: str) -> Extent:
         with self._lock:
             if name not in self._views:
                 if len(self._views) >= LIMIT:
                     self._views.popitem(last=False)
-                self._views[name] = map_file(self._folder / name, root=self._folder)
+                self._views[name] = extent(self._folder / name, root=self._folder)
             self._views.move_to_end(name)
             return self._views[name]

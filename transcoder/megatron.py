@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,6 +12,7 @@ from transcoder import manifest
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage, check_mcore
 from transcoder.dialects import dialect_of
+from transcoder.disk import there
 from transcoder.errors import Problem, refuse
 from transcoder.foreign import spelled
 from transcoder.formats.foreign import PlainDcp
@@ -165,7 +165,7 @@ def _reference(folder: Path, hf_model: Path | None) -> Path | None:
     if (folder / "hf").is_symlink():
         raise refuse("link", "the folder of the model's files is a link", [Problem(file="hf", found="a link")])
     for candidate in (hf_model, folder / "hf", folder.parent / "huggingface", folder.parent.parent / "huggingface"):
-        if candidate is not None and os.path.lexists(candidate / "config.json"):
+        if candidate is not None and there(candidate / "config.json"):
             return candidate
     return None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.mcore import SPELLED
 from transcoder.formats.statefiles import read_common
@@ -66,7 +66,7 @@ def check_agreement(sources: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _yaml(path: Path) -> Fields:
-    if not os.path.lexists(path):
+    if not there(path):
         return {}
     table = read_yaml(path)
     model = table.get("model") if isinstance(table, dict) else None

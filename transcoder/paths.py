@@ -9,14 +9,26 @@ import mmap
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, cast
 
 from transcoder.errors import Problem, reason, refuse
+from transcoder.remote.files import RemoteFile
+from transcoder.remote.paths import remote
 
 SHARED_STORE = ".huggingface-shared-blobs"  # the file that marks the blob store of all repositories of a hub cache
+WHOLE = 1 << 30  # bytes of an object that is fetched as one
 LEADS_OUT = "a link that leads outside the model's directory"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Extent(Protocol):
+    """The bytes of a file: a mapped one, or an object of a store, whose slices are fetched."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: slice, /) -> memoryview: ...
 
 
 def open_regular(path: Path, follow_links: bool = False, root: Path | None = None) -> BinaryIO:
@@ -25,6 +37,8 @@ def open_regular(path: Path, follow_links: bool = False, root: Path | None = Non
     follow_links: permit a link to any place; for weight files only, when the user said so.
     root: the folder that links must not leave, by default the file's own.
     """
+    if there := remote(path):
+        return cast(BinaryIO, there.reader())
     try:
         real = path.resolve(strict=True)
     except RuntimeError as error:  # of Python before 3.13
@@ -61,7 +75,7 @@ def stays_inside(path: Path, real: Path, root: Path | None = None) -> bool:
 def read_small(path: Path, limit: int, root: Path | None = None) -> bytes:
     """A regular file of at most `limit` bytes. Raises OSError, ValueError."""
     with open_regular(path, root=root) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = length(file)
         if size > limit:
             raise ValueError(f"{size} bytes, the limit is {limit}")
         data = bytes(file.read(size))
@@ -72,8 +86,31 @@ def read_small(path: Path, limit: int, root: Path | None = None) -> bytes:
     return data
 
 
+def length(file: BinaryIO) -> int:
+    """Bytes of an open file."""
+    return int(file.size) if hasattr(file, "size") else os.fstat(file.fileno()).st_size
+
+
+def extent(path: Path, follow_links: bool = False, root: Path | None = None) -> Extent:
+    """A file's bytes, to be read range by range. Raises InputError."""
+    there = remote(path)
+    return there.open() if there else map_file(path, follow_links, root)
+
+
+def passing(view: Extent, start: int, stop: int, step: int) -> Iterator[memoryview]:
+    """The bytes [start, stop) in pieces, of `step` bytes where they lie in memory."""
+    if isinstance(view, RemoteFile):
+        return view.passing(start, stop)
+    return (view[first : min(first + step, stop)] for first in range(start, stop, step))
+
+
 def map_file(path: Path, follow_links: bool = False, root: Path | None = None) -> memoryview:
-    """A file's bytes, mapped read-only; an empty file gives an empty view. Raises InputError."""
+    """A file's bytes, mapped read-only, an object's fetched; an empty file gives an empty view. Raises InputError."""
+    if there := remote(path):
+        if len(whole := there.open()) > WHOLE:
+            problem = Problem(file=str(path), expected=f"at most {WHOLE} bytes", found=str(len(whole)))
+            raise refuse("file", "this file is too large to be held in memory: copy it to a disk", [problem])
+        return whole[:]
     try:
         with open_regular(path, follow_links, root) as file:
             size = os.fstat(file.fileno()).st_size

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import Problem, refuse
 from transcoder.formats.peft import LARGEST, PREFIX
 from transcoder.lora import Adapted
@@ -69,7 +69,7 @@ def _short(modules: list[str], model: Model) -> list[str]:
 
 def _alpha(folder: Path) -> float:
     path = folder / "run_config.yaml"
-    table = read_yaml(path) if os.path.lexists(path) else None
+    table = read_yaml(path) if there(path) else None
     peft = table.get("peft") if isinstance(table, dict) else None
     alpha: Any = peft.get("alpha") if isinstance(peft, dict) else None
     if type(alpha) not in (int, float) or not 0 < alpha < LARGEST:

@@ -7,6 +7,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from transcoder.places import place
+
 Report = Mapping[str, Any]
 SIZES = {
     "tp": "Tensor parallel size",
@@ -53,7 +55,7 @@ def import_end(report: Report) -> Iterator[str]:
     yield f"  successfully saved checkpoint from iteration {report['iteration']:>7} to {report['destination']} {grid}"
     yield f"✅ Successfully imported model to: {report['destination']}"
     yield "📁 Checkpoint structure:"
-    yield from (f"   {entry}" for entry in _entries(Path(report["destination"])))
+    yield from (f"   {entry}" for entry in _entries(place(report["destination"])))
     yield from next_steps(report)
 
 
@@ -64,9 +66,9 @@ def _entries(folder: Path) -> list[str]:
 
 def next_steps(report: Report) -> Iterator[str]:
     """The commands that load an imported checkpoint, with its real path."""
-    path = Path(report["destination"]).absolute()
-    root, folder, model = (quote(str(p)) for p in (path, path / report["folder"], Path(report["source"]).absolute()))
-    inner = str(path / report["folder"])
+    path, source = _absolute(report["destination"]), _absolute(report["source"])
+    inner = f"{path}/{report['folder']}"
+    root, folder, model = quote(path), quote(inner), quote(source)
     dtype = {"bfloat16": " --bf16", "float16": " --fp16"}.get(report["dtype"], "")
     extra = "".join(f" {flag}" for flag in report["megatron_flags"])
     yield "Load it with"
@@ -82,6 +84,10 @@ def next_steps(report: Report) -> Iterator[str]:
         f"actor_rollout_ref.actor.megatron.dist_checkpointing_path={folder}"
     )
     yield f"  slime            --hf-checkpoint {model} --ref-load {root}"
+
+
+def _absolute(text: str) -> str:
+    return text if "://" in text else str(Path(text).absolute())
 
 
 def export_start(src: str, dst: str) -> Iterator[str]:

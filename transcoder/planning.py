@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transcoder.errors import PathLike, UsageError
 from transcoder.mesh import Mesh
+from transcoder.places import place
 
 if TYPE_CHECKING:
     from transcoder.exportplan import ExportPlan
@@ -65,21 +65,22 @@ def plan_hf2mcore(
     from transcoder.importing import plan_import
     from transcoder.mapped import reading
 
-    if is_peft(Path(src)):
+    source = place(src)
+    if is_peft(source):
         from transcoder.adapterplans import Choices, plan_adapter_import
 
         if merge_adapter:
             raise UsageError("adapters are merged into models: give the model as SRC", kind="adapter")
         choices = Choices(layout, dtype, lora_form, iteration, format)
-        base = Path(hf_model) if hf_model else None
+        base = place(hf_model) if hf_model else None
         divisor = make_vocab_size_divisible_by
-        with reading(Path(src)):
-            return plan_adapter_import(Path(src), Mesh(tp, pp, ep, etp), base, arch, choices, divisor, follow_links)
+        with reading(source):
+            return plan_adapter_import(source, Mesh(tp, pp, ep, etp), base, arch, choices, divisor, follow_links)
     if hf_model:
         raise UsageError("--hf-model is for adapters, which need their base model", kind="usage")
-    with reading(Path(src)), _uncollected():
+    with reading(source), _uncollected():
         return plan_import(
-            Path(src),
+            source,
             Mesh(tp, pp, ep, etp),
             layout=layout,
             dtype=dtype,
@@ -88,7 +89,7 @@ def plan_hf2mcore(
             arch=arch,
             norm_names=norm_names,
             mtp=mtp,
-            merge_adapter=Path(merge_adapter) if merge_adapter else None,
+            merge_adapter=place(merge_adapter) if merge_adapter else None,
             follow_links=follow_links,
             form=format,
         )
@@ -118,22 +119,22 @@ def plan_mcore2hf(
     from transcoder.megatron import open_megatron
     from transcoder.reports import size_of
 
-    reference = Path(hf_model) if hf_model else None
+    source, reference = place(src), place(hf_model) if hf_model else None
     if quantize not in ("", "like-source"):
         raise UsageError(f"quantize {quantize!r}: give like-source or nothing", kind="quantize")
     layout = "" if expert_layout == "like-source" else expert_layout
-    with reading(Path(src)), _uncollected():
-        if is_adapter_checkpoint(Path(src)):
+    with reading(source), _uncollected():
+        if is_adapter_checkpoint(source):
             if merge_adapter or quantize:
                 raise UsageError("an adapter is neither merged nor quantised: give the model as SRC", kind="adapter")
-            return plan_adapter_export(Path(src), reference, arch, dtype, layout)
-        megatron = open_megatron(Path(src), reference, arch, layout, bool(quantize), follow_links=follow_links)
+            return plan_adapter_export(source, reference, arch, dtype, layout)
+        megatron = open_megatron(source, reference, arch, layout, bool(quantize), follow_links=follow_links)
         return plan_export(
             megatron,
             dtype=dtype,
             max_shard=size_of(max_shard_size),
             quantised=bool(quantize),
-            merge_adapter=Path(merge_adapter) if merge_adapter else None,
+            merge_adapter=place(merge_adapter) if merge_adapter else None,
             follow_links=follow_links,
         )
 
@@ -164,11 +165,12 @@ def plan_reshard(
     from transcoder import resharding
     from transcoder.mapped import reading
 
-    with reading(Path(src)), _uncollected():
+    source = place(src)
+    with reading(source), _uncollected():
         return resharding.plan_reshard(
-            Path(src),
+            source,
             Mesh(tp, pp, ep, etp),
-            hf_model=Path(hf_model) if hf_model else None,
+            hf_model=place(hf_model) if hf_model else None,
             arch=arch,
             layout=layout,
             norm_names=norm_names,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transcoder.disk import exchange, is_folder, sync_folder, there, walk
 from transcoder.errors import OutputError, Problem, TranscoderError, UsageError
+from transcoder.remote.paths import remote
 
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # what renaming over another kind of entry says
 
@@ -29,7 +30,7 @@ def check_free(dst: Path, src: Path, overwrite: bool) -> Path:
 
 def _check_free(dst: Path, src: Path, overwrite: bool) -> None:
     one, two = dst.resolve(), src.resolve()
-    if one.is_relative_to(two) or two.is_relative_to(one):
+    if not remote(src) and (one.is_relative_to(two) or two.is_relative_to(one)):
         raise UsageError(f"{dst} and {src} lie inside one another", kind="destination")
     if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
         raise refused(dst, "is not a directory", "choose another destination")

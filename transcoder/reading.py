@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transcoder.errors import DifferenceError, PathLike, Problem
+from transcoder.places import place
 
 if TYPE_CHECKING:
     from transcoder.exportplan import ExportPlan
@@ -30,7 +31,7 @@ def stream_hf(path: PathLike, hf_model: PathLike | None = None) -> Iterator[tupl
 
     from transcoder.views import numpy_dtype, open_view
 
-    view = open_view(Path(path), Path(hf_model) if hf_model else None)
+    view = open_view(place(path), place(hf_model) if hf_model else None)
     for name, (dtype, shape) in view.tensors.items():
         yield name, view.read(name, 0, prod(shape)).view(numpy_dtype(dtype)).reshape(shape)
 
@@ -40,7 +41,7 @@ def verify(one: PathLike, two: PathLike, *, follow_links: bool = False) -> dict[
     from transcoder.views import open_views
 
     started = time.monotonic()
-    views = open_views(Path(one), Path(two), follow_links)
+    views = open_views(place(one), place(two), follow_links)
     report = {"source": str(one), "destination": str(two), "tensors": len(views[0].tensors), "differences": []}
     try:
         same(*views)
@@ -83,7 +84,7 @@ def check(
     from transcoder.checking import check as examine
 
     started = time.monotonic()
-    report = examine(Path(directory), quick, sample, progress, follow_links)
+    report = examine(place(directory), quick, sample, progress, follow_links)
     return report | {"seconds": round(time.monotonic() - started, 3)}
 
 
@@ -96,7 +97,7 @@ def inspect(
     """
     from transcoder.inspection import inspect as look
 
-    return look(Path(directory), follow_links, Path(html) if html else None, as_tree)
+    return look(place(directory), follow_links, Path(html) if html else None, as_tree)
 
 
 def architectures() -> dict[str, Any]:
@@ -121,7 +122,8 @@ def open_checkpoint(path: PathLike) -> Any:
     from transcoder.formats.opening import open_store
     from transcoder.iterations import find_iteration
 
-    return open_hf(Path(path)).catalog if is_hf(Path(path)) else open_store(find_iteration(Path(path))).catalog
+    folder = place(path)
+    return open_hf(folder).catalog if is_hf(folder) else open_store(find_iteration(folder)).catalog
 
 
 def verify_import(plan: ImportPlan, out: Path) -> None:

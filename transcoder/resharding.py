@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +18,22 @@ from transcoder.exportplan import files_below
 from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.huggingface import HfDirectory
 from transcoder.formats.opening import place
-from transcoder.importing import ImportPlan, check_layout, form_notes, run_sets, wanted_chunks
+from transcoder.importing import ImportPlan, check_layout, form_notes, wanted_chunks
 from transcoder.linking import known_digests, link_files, linked_placement
 from transcoder.megatron import Megatron, open_megatron
 from transcoder.mesh import Mesh
 from transcoder.planner import HfTensor, Model, build_model
 from transcoder.progress import Tally
+from transcoder.remote.paths import remote
 from transcoder.spec import DTYPES, DType
 
 if TYPE_CHECKING:
     from transcoder.chunks import CheckedChunks
-    from transcoder.engine import Sink
+    from transcoder.engine import Fetch, Sink
     from transcoder.formats.placement import Placement, Writer
     from transcoder.kept import Kept
-    from transcoder.ledger import Ledger
+    from transcoder.ledger import Ledger, Track
+    from transcoder.ordered import Mover
     from transcoder.work import Work
 
 
@@ -171,6 +174,7 @@ def _stream(
     from transcoder.kept import Kept
     from transcoder.ledger import READ, Ledger
     from transcoder.maps import Maps
+    from transcoder.movers import run_places, run_sets
 
     source, target, digests = plan.source, plan.target, dict[str, str]()
     chunks, kept = CheckedChunks(Maps(source.path).__getitem__), Kept(source)
@@ -178,43 +182,75 @@ def _stream(
     ledger.restore(target.placement.catalog, writer.passed)
     ledger.restore(source.store.catalog, chunks.passed, READ)
 
-    def move(tensor: HfTensor) -> None:
-        digests[tensor.name] = _move(plan, tensor, chunks, kept, writer.write, ledger, tally)
+    def mover(tensor: HfTensor) -> Mover:
+        return ReshardMover(plan, tensor, chunks, kept, writer.write, ledger, tally, digests)
 
-    run_sets(target, target.model.hf.values(), move, writer.write, workers, tally)
+    run = run_places if remote(work.out) or remote(source.path) else run_sets
+    run(target, target.model.hf.values(), mover, writer.write, workers, tally, ledger)
     warnings = check_filler(source, chunks.fetch)
     chunks.finish()
     ledger.sync()
     return digests, [*warnings, *tally.warnings()]
 
 
-def _move(
-    plan: ReshardPlan,
-    tensor: HfTensor,
-    chunks: CheckedChunks,
-    kept: Kept,
-    sink: Sink,
-    ledger: Ledger,
-    tally: Tally,
-) -> str:
-    """Carry one tensor over, band by band, as Megatron stores it. Returns the digest of its values."""
-    from transcoder.engine import bands, converted, gather, received, scatter
-    from transcoder.kernels.casts import finite
-    from transcoder.ledger import READ, Track
+class ReshardMover:
+    """Carries one tensor over, band by band, as Megatron stores it; the digest of its values is noted at the end."""
 
-    here = plan.source.model.hf[tensor.name]
-    stored, dtype = plan.source.stored(here), tensor.family.dtype(plan.target.dtype)
-    track = Track(ledger, tensor.name, tensor.shape, dtype)
-    noted, fetch = track.noting(sink), chunks.reader(here, track.parts, READ)
-    for start, stop in bands(tensor.shape, dtype):
+    def __init__(
+        self,
+        plan: ReshardPlan,
+        tensor: HfTensor,
+        chunks: CheckedChunks,
+        kept: Kept,
+        sink: Sink,
+        ledger: Ledger,
+        tally: Tally,
+        digests: dict[str, str],
+    ) -> None:
+        from transcoder.engine import bands
+
+        self._plan, self._tensor, self._chunks, self._kept, self._sink = plan, tensor, chunks, kept, sink
+        self._ledger, self._tally, self._digests = ledger, tally, digests
+        self._here = plan.source.model.hf[tensor.name]
+        self._stored, self._dtype = plan.source.stored(self._here), tensor.family.dtype(plan.target.dtype)
+        self.ranges = list(bands(tensor.shape, self._dtype))
+
+    @cached_property
+    def _track(self) -> Track:
+        from transcoder.ledger import Track
+
+        return Track(self._ledger, self._tensor.name, self._tensor.shape, self._dtype)
+
+    @cached_property
+    def _fetch(self) -> Fetch:
+        from transcoder.ledger import READ
+
+        return self._chunks.reader(self._here, self._track.parts, READ)
+
+    def ahead(self, number: int) -> None:
+        """Begin to fetch a range, if it is to be moved."""
+        start, stop = self.ranges[number]
+        if stop > self._track.stop:
+            self._chunks.ahead(self._plan.source.atlas.pieces(self._here, start, stop), self._stored.size)
+
+    def step(self, number: int) -> None:
+        """Move a range that no earlier run has moved."""
+        from transcoder.engine import converted, gather, received, scatter
+        from transcoder.kernels.casts import finite
+
+        (start, stop), tensor, stored, track = self.ranges[number], self._tensor, self._stored, self._track
         if stop > track.stop:
-            band = gather(plan.source.atlas, here, start, stop, stored, fetch)
-            values = received(here, band, stored, kept.values(here, stored, start, stop))
-            track.tree.add(converted(values, stored, dtype))
+            band = gather(self._plan.source.atlas, self._here, start, stop, stored, self._fetch)
+            values = received(self._here, band, stored, self._kept.values(self._here, stored, start, stop))
+            track.tree.add(converted(values, stored, self._dtype))
             track.count("odd", not finite(band, stored.name))
             if not tensor.family.rule.alias:
-                scatter(plan.target.atlas, tensor, start, converted(band, stored, dtype), noted)
+                noted = track.noting(self._sink)
+                scatter(self._plan.target.atlas, tensor, start, converted(band, stored, self._dtype), noted)
             track.reach(stop)
-        tally.moved((stop - start) * dtype.size)
-    tally.finished(tensor, odd=bool(track.counts.get("odd")))
-    return track.tree.text()
+        self._tally.moved((stop - start) * self._dtype.size)
+
+    def finish(self) -> None:
+        """Note the digest."""
+        self._tally.finished(self._tensor, odd=bool(self._track.counts.get("odd")))
+        self._digests[self._tensor.name] = self._track.tree.text()

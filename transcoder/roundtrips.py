@@ -24,9 +24,10 @@ from transcoder.engine import (
 from transcoder.errors import DifferenceError, Problem
 from transcoder.exporting import flush, shard_files
 from transcoder.formats.safetensors import INDEX_NAME
-from transcoder.importing import ImportPlan, check_aliases
+from transcoder.importing import ImportPlan
 from transcoder.kernels.casts import finite
 from transcoder.mapped import side_file
+from transcoder.movers import check_aliases
 from transcoder.progress import Tally
 from transcoder.spec import TensorSpec
 from transcoder.turned import strokes

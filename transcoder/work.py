@@ -34,6 +34,7 @@ class Work:
     sync: bool
     tally: Tally | None = None
     warnings: list[str] = field(default_factory=list)
+    hands: int = 0  # workers for whose buffers there is room, if that is not known without the destination
 
     @property
     def finished(self) -> bool:
@@ -120,7 +121,7 @@ def destination(
             _publish(work, identity, whole, list(stale))
             _remove(partial)
         except BaseException as error:
-            keep = _worth_keeping(work, error)
+            keep = worth_keeping(work, error)
             if not keep:
                 _remove(partial)
             _explain(work, error, keep, identity)
@@ -194,7 +195,8 @@ def _appeared(work: Work) -> bool:
     return bool(found.get(".") == work.dst.stat().st_ino)
 
 
-def _worth_keeping(work: Work, error: BaseException) -> bool:
+def worth_keeping(work: Work, error: BaseException) -> bool:
+    """Whether another run can go on with what this one did."""
     lost = isinstance(error, InputError) and error.kind == "source-lost"
     return work.finished or (work.journal.marks > 0 and (lost or not isinstance(error, NOTHING_TO_KEEP)))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transcoder.codecs import Weights, weights_of
+from transcoder.disk import there
 from transcoder.errors import LISTED_PROBLEMS, Problem, reason, refuse
 from transcoder.formats.peft import WEIGHTS, is_peft, open_peft
 from transcoder.formats.safetensors import (
@@ -25,7 +26,7 @@ from transcoder.formats.safetensors import (
     weight_map,
 )
 from transcoder.hfconfig import raw_json, read_config
-from transcoder.paths import open_regular
+from transcoder.paths import length, open_regular
 from transcoder.spec import TensorSpec
 
 SIDE_LIMIT, SIDE_TOTAL = 64 << 20, 256 << 20  # bytes of one side file, and of all
@@ -77,8 +78,7 @@ class HfDirectory:
 
 def is_hf(directory: Path) -> bool:
     """Whether the directory is a Hugging Face one, of a model or of an adapter, by its marker file."""
-    marked = os.path.lexists(directory / "config.json") or is_peft(directory)
-    return marked and not os.path.lexists(directory / ".metadata")
+    return (there(directory / "config.json") or is_peft(directory)) and not there(directory / ".metadata")
 
 
 def open_hf(path: Path, follow_links: bool = False) -> HfDirectory:
@@ -113,19 +113,19 @@ def _remarks(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shard_names(path: Path) -> tuple[list[str], Packed | None, dict[str, str] | None]:
-    if os.path.lexists(path / INDEX_NAME):
+    if there(path / INDEX_NAME):
         index, table = raw_json(path / INDEX_NAME, INDEX_LIMIT)
         weights = weight_map(table, INDEX_NAME)
         names = sorted(set(weights.values()))
         missing = [
             Problem(file=name, expected="a shard that the index names", found="no such file")
             for name in names
-            if not os.path.lexists(path / name)
+            if not there(path / name)
         ]
         if missing:
             raise refuse("missing-shard", "shards are missing: the download may be incomplete", missing)
         return names, packed(index), weights
-    if os.path.lexists(path / SINGLE_NAME):
+    if there(path / SINGLE_NAME):
         return [SINGLE_NAME], None, None
     problem = Problem(
         expected=f"{SINGLE_NAME} or {INDEX_NAME}", found=", ".join(sorted(p.name for p in path.iterdir())[:8])
@@ -194,6 +194,8 @@ def _walk(root: Path, folder: Path) -> Iterator[Path]:
 
 def _is_folder(entry: Path) -> bool:
     """A folder that can be listed; a path may be too long."""
+    if not isinstance(entry, Path):
+        return entry.is_dir()
     try:
         return stat.S_ISDIR(entry.lstat().st_mode) and os.access(entry, os.R_OK | os.X_OK)
     except OSError:
@@ -207,7 +209,7 @@ def _judged(file: Path, root: Path) -> tuple[int, str]:
     try:
         str(file).encode()
         with open_regular(file, root=root) as opened:
-            size, start = os.fstat(opened.fileno()).st_size, bytes(opened.read(8))
+            size, start = length(opened), bytes(opened.read(8))
     except UnicodeEncodeError:
         return 0, "its name is not UTF-8"
     except (OSError, ValueError) as error:

@@ -9,13 +9,13 @@ Source: peft/utils/save_and_load.py (get_peft_model_state_dict), tuners/lora/lay
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import Problem, refuse
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME, Shard, read_shard
 from transcoder.hfconfig import read_json
@@ -75,17 +75,17 @@ def _fits(key: str, module: str) -> bool:
 
 def is_peft(path: Path) -> bool:
     """Whether a directory is a PEFT adapter's, which may carry the config of its model, but not its weights."""
-    there = [os.path.lexists(path / name) for name in (CONFIG, SINGLE_NAME, INDEX_NAME)]
-    return there == [True, False, False]
+    present = [there(path / name) for name in (CONFIG, SINGLE_NAME, INDEX_NAME)]
+    return present == [True, False, False]
 
 
 def open_peft(path: Path, follow_links: bool = False) -> Peft:
     """The adapter, its config understood and its header validated. Raises InputError for what cannot be merged."""
-    if not os.path.lexists(path / CONFIG):
+    if not there(path / CONFIG):
         problem = Problem(file=CONFIG, expected="a PEFT adapter directory", found="no such file")
         raise refuse("not-found" if not path.is_dir() else "adapter", f"{path} is not a PEFT adapter", [problem])
     config = _config(path)
-    if not os.path.lexists(path / WEIGHTS):
+    if not there(path / WEIGHTS):
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
         hint = "adapter_model.bin is a pickle: save the adapter anew with safetensors"
         problem = Problem(file=WEIGHTS, expected="the adapter's weights", found=found, hint=hint)

@@ -7,7 +7,6 @@ safetensors/src/tensor.rs: the ranges, sorted, tile the payload exactly; a heade
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from isal.isal_zlib import compress, decompress
 
 from transcoder.errors import Problem, reason, refuse
 from transcoder.hfconfig import parse_json, read_json
-from transcoder.paths import open_regular, plain_name
+from transcoder.paths import length, open_regular, plain_name
 from transcoder.spec import BY_SAFETENSORS, DTYPES, DType, TensorSpec, Whole
 
 HEADER_LIMIT = 100_000_000  # bytes
@@ -70,7 +69,7 @@ def read_shard(path: Path, follow_links: bool = False) -> Shard:
     """The header of one file, validated. Raises InputError naming the file and what is wrong."""
     try:
         with open_regular(path, follow_links) as file:
-            size = os.fstat(file.fileno()).st_size
+            size = length(file)
             header = _header_bytes(file, size)
         return shard(path.name, header, size)
     except (OSError, ValueError, TypeError, RecursionError) as error:

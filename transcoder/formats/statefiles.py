@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import InputError, Problem, refuse
 from transcoder.formats.archive import read_pickle
 from transcoder.formats.pickled import brief
 from transcoder.formats.pickles import Pairs, Record
 from transcoder.hfconfig import read_json
 from transcoder.paths import map_file
+from transcoder.remote.paths import remote
 
 BACKENDS: dict[str, object] = {
     "sharded_backend_version": 1,
@@ -32,7 +33,9 @@ def backend_of(path: Path) -> object:
 
 def backend_notes(path: Path, backend: str) -> Iterator[str]:
     """Refuse a metadata.json of another format; megatron-core itself needs the file."""
-    if not os.path.lexists(path / "metadata.json"):
+    if not there(path / "metadata.json"):
+        if remote(path):  # where it is written last
+            raise refuse("unfinished", f"{path} has no metadata.json: the run that wrote it has not ended")
         yield "there is no metadata.json: megatron-core will not load this checkpoint"
         return
     table = read_json(path / "metadata.json", 1 << 20)
@@ -67,7 +70,7 @@ def read_common(path: Path, newer: memoryview | None = None) -> dict[str, Any]:
 
     Nothing in them is executed. Raises InputError.
     """
-    if os.path.lexists(path / "common.pt"):
+    if there(path / "common.pt"):
         return _common(read_pickle(map_file(path / "common.pt"), None, "common.pt"), "common.pt")
     if newer is None:
         return {}

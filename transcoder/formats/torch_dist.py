@@ -20,7 +20,8 @@ from transcoder.formats.archive import read_pickle, read_tensor, tensor_item
 from transcoder.formats.pickles import Global, Pairs, Record, measured
 from transcoder.formats.statefiles import backend_notes, dialect_notes, plain, read_common
 from transcoder.formats.store import Item, LeftOut, Store, training_state
-from transcoder.paths import map_file
+from transcoder.paths import Extent, extent, map_file
+from transcoder.remote.frames import Frame, ahead, framed
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
 
 METADATA_LIMIT = 1 << 30  # bytes
@@ -60,15 +61,24 @@ class TorchDist(Store):
     @cached_property
     def catalog(self) -> dict[str, TensorSpec]:
         """Every weight tensor with its payload places; item containers are read and checked here."""
-        views: dict[str, memoryview] = {}
-        return {key: self._spec(key, views) for key in self.tensors}
+        views: dict[str, Extent] = {}
+        return {key: self._spec(key, views) for key in ahead(self.tensors, self._frames(views))}
 
-    def _spec(self, key: str, views: dict[str, memoryview]) -> TensorSpec:
+    def _frames(self, views: dict[str, Extent]) -> Iterator[list[Frame]]:
+        """Per tensor what has to be read of its items."""
+        for dtype, _, places in self.tensors.values():
+            yield [(self._view(i, views), i.offset, i.length, dtype, box_shape(box)) for box, i in places]
+
+    def _view(self, item: Item, views: dict[str, Extent]) -> Extent:
+        path = self.path / item.file
+        return views.get(item.file) or views.setdefault(item.file, extent(path, root=self.path))
+
+    def _spec(self, key: str, views: dict[str, Extent]) -> TensorSpec:
         dtype, shape, places = self.tensors[key]
         return TensorSpec(key, dtype, shape, tuple(self._chunk(key, dtype, box, item, views) for box, item in places))
 
-    def _chunk(self, key: str, dtype: DType, box: Box, item: Item, views: dict[str, memoryview]) -> Chunk:
-        view = views.get(item.file) or views.setdefault(item.file, map_file(self.path / item.file, root=self.path))
+    def _chunk(self, key: str, dtype: DType, box: Box, item: Item, views: dict[str, Extent]) -> Chunk:
+        view = self._view(item, views)
         if item.offset + item.length > len(view):
             found = f"{len(view)} bytes"
             raise refuse(
@@ -76,7 +86,7 @@ class TorchDist(Store):
                 "an item lies beyond the end of its file",
                 [Problem(file=item.file, tensor=key, expected=f"{item.offset + item.length} bytes", found=found)],
             )
-        data = view[item.offset : item.offset + item.length]
+        data = framed(view, item.offset, item.length, dtype, box_shape(box))
         if prod(box_shape(box)) * dtype.size < len(data):
             usual = tensor_item(dtype, box_shape(box))
             if (crc := usual.read(data)) is not None:
@@ -141,7 +151,7 @@ def _left_out(value: Record, items: Mapping[tuple[int, ...] | None, Item]) -> Le
 
 
 def _item_view(path: Path, item: Item) -> memoryview:
-    return map_file(path / item.file, root=path)[item.offset : item.offset + item.length]
+    return extent(path / item.file, root=path)[item.offset : item.offset + item.length]
 
 
 def record_fields(value: object, *classes: str) -> dict[str, Any]:

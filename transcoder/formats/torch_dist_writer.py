@@ -6,7 +6,6 @@ by bytes in key order, so that workers own files. All `_extra_state` entries poi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from transcoder.disk import PIECE, sized, start_flush, sync_folder, write_all
+from transcoder.disk import PIECE, File, close, make_durable, sized, start_flush, sync_folder, write_all
 from transcoder.formats.archive import TensorItem, archive, tensor_item
 from transcoder.formats.forms import HOLE, Filled, Form, Sizes
 from transcoder.formats.mcore import metadata_json
@@ -108,7 +107,8 @@ class TorchDistWriter:
         self.folder, self.placement, self.flush = folder, placement, flush
         self.crcs: dict[tuple[str, Box], int] = {}
         self._sums = Sums()
-        self._files: dict[str, int] = {}
+        self._begun: dict[tuple[str, Box], object] = {}  # chunks whose prefix is written
+        self._files: dict[str, File] = {}
 
     def prepare(self) -> None:
         """Make room for every file. Raises OSError when the disk is full."""
@@ -128,15 +128,18 @@ class TorchDistWriter:
 
     def passed(self, key: str, chunk: Chunk, start: int, count: int, crc: int) -> None:
         """Payload bytes with this CRC-32 are in their place."""
+        if self._begun.setdefault((key, chunk.box), mark := object()) is mark:
+            item = _around(self.placement.catalog[key].dtype, chunk.box)
+            write_all(self._files[chunk.file], memoryview(item.prefix), chunk.offset - item.payload_offset)
         whole = self._sums.add(key, chunk, start, count, crc)
         if whole is not None:
             self._close(key, chunk, whole)
 
     def _close(self, key: str, chunk: Chunk, crc: int) -> None:
         self.crcs[key, chunk.box] = crc
+        del self._begun[key, chunk.box]
         item = _around(self.placement.catalog[key].dtype, chunk.box)
         file = self._files[chunk.file]
-        write_all(file, memoryview(item.prefix), chunk.offset - item.payload_offset)
         write_all(file, memoryview(item.suffix(crc)), chunk.offset + chunk.nbytes)
         if self.flush:
             start_flush(file, chunk.offset - item.payload_offset, item.length)
@@ -144,7 +147,7 @@ class TorchDistWriter:
     def sync(self) -> None:
         """Make everything written durable. Raises OSError."""
         for file in self._files.values():
-            os.fdatasync(file)
+            make_durable(file)
         sync_folder(self.folder)
 
     def finish(self) -> dict[str, str]:
@@ -158,7 +161,7 @@ class TorchDistWriter:
     def close(self) -> None:
         """Release the file descriptors."""
         while self._files:
-            os.close(self._files.popitem()[1])
+            close(self._files.popitem()[1])
 
     def _file_crcs(self) -> dict[str, int]:
         found = dict.fromkeys(self.placement.sizes, 0)

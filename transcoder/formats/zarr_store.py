@@ -6,7 +6,6 @@ array needs must be there with all its bytes; compressed arrays are refused by n
 
 from __future__ import annotations
 
-import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from transcoder.disk import there
 from transcoder.errors import Problem, printable, reason, refuse
 from transcoder.formats import shards
 from transcoder.formats.grids import Grid, Sizes, parts
@@ -23,7 +23,7 @@ from transcoder.formats.statefiles import backend_notes, dialect_notes, read_com
 from transcoder.formats.store import Item, LeftOut, Store, training_state
 from transcoder.formats.zarr_documents import read_v2, read_v3
 from transcoder.hfconfig import parse_json
-from transcoder.paths import map_file, read_small, stays_inside
+from transcoder.paths import extent, read_small, stays_inside
 from transcoder.spec import Box, Chunk, DType, TensorSpec
 
 DOCUMENT_LIMIT = 1 << 20  # bytes
@@ -78,7 +78,7 @@ def _opened(path: Path, form: str, common: Mapping[str, Any]) -> Zarr:
     for folder in _folders(path):
         key, document = folder.name, folder / DOCUMENTS[form]
         found = {f"{key}/{file.stem}": Item(f"{key}/{file.name}", 0, file.stat().st_size) for file in _objects(folder)}
-        if not os.path.lexists(document) and not found:
+        if not there(document) and not found:
             continue
         if prefix := training_state(key):
             ignored[prefix] += LeftOut(1, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
@@ -199,7 +199,7 @@ def _index(root: Path, key: str, file: str, grid: Grid, location: str, size: int
     length = count * shards.ENTRY + shards.CHECKSUM
     if size < length:
         raise _DamagedError(key, file, f"an index of {length} bytes", f"{size} bytes")
-    view = map_file(root / file, root=root)
+    view = extent(root / file, root=root)
     entries = shards.parse(bytes(view[:length] if location == "start" else view[size - length :]))
     if entries is None:
         raise _DamagedError(key, file, "an index with its own checksum", "another one")

@@ -17,7 +17,7 @@ from zlib import crc32 as crc32_of
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from transcoder.disk import PIECE, sized, start_flush, sync_folders, write_all
+from transcoder.disk import PIECE, close, sized, start_flush, sync_folders, write_all
 from transcoder.formats import shards, zarr_documents, zarr_witness
 from transcoder.formats.archive import archive
 from transcoder.formats.grids import Grid, cut, regular
@@ -129,7 +129,7 @@ class ZarrWriter:
             write_all(file, tail, size - len(tail))
             self._files.touch(name)
         finally:
-            os.close(file)
+            close(file)
 
     def _names(self) -> Iterator[tuple[str, list[str]]]:
         """Every array with the names of its files."""
