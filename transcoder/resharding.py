@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transcoder.atlas import Atlas
 from transcoder.checks import check_coverage
-from transcoder.errors import UsageError, refuse
+from transcoder.errors import refuse
 from transcoder.exportplan import files_below
 from transcoder.formats.foreign import PlainDcp
 from transcoder.formats.huggingface import HfDirectory
@@ -26,6 +26,7 @@ from transcoder.planner import HfTensor, Model, build_model
 from transcoder.progress import Tally
 from transcoder.remote.paths import remote
 from transcoder.spec import DTYPES, DType
+from transcoder.variants import norm_variant
 
 if TYPE_CHECKING:
     from transcoder.chunks import CheckedChunks
@@ -104,10 +105,7 @@ def _placement(source: Megatron, model: Model, mesh: Mesh, dtype: DType, form: s
 
 
 def _target_model(source: Megatron, layout: str, norm_names: str, divisor: int) -> Model:
-    values, choices = dict(source.model.values), source.model.recipe.mcore_variants.get("norm", {})
-    if norm_names and norm_names not in choices:
-        raise UsageError(f"--norm-names {norm_names}: megatron-core stores this model with te names", kind="layout")
-    values |= {"norm": norm_names} if norm_names else {}
+    values = {**source.model.values, **norm_variant(source.model.recipe, norm_names)}
     pad = -source.model.sizes["vocab"] % divisor if divisor else source.model.sizes["pad"]
     sizes = {**source.model.sizes, "pad": pad}
     return build_model(source.model.recipe, values, sizes, layout or source.model.dialect)

@@ -16,11 +16,15 @@ Sizes = Mapping[str, int]
 def import_variants(recipe: Recipe, tensors: Shapes, sizes: Sizes, norm_names: str) -> dict[str, str]:
     """The choices of an import: the Hugging Face ones by the tensors in the files, the Megatron ones by option."""
     chosen = {name: next(iter(choices)) for name, choices in recipe.mcore_variants.items()}
-    if "norm" in chosen and norm_names:
-        if norm_names not in recipe.mcore_variants["norm"]:
-            raise UsageError(f"--norm-names {norm_names}: megatron-core stores this model with te names", kind="layout")
-        chosen["norm"] = norm_names
-    return chosen | shown(recipe.hf_variants, tensors, sizes)
+    return chosen | norm_variant(recipe, norm_names) | shown(recipe.hf_variants, tensors, sizes)
+
+
+def norm_variant(recipe: Recipe, norm_names: str) -> dict[str, str]:
+    """The choice of norm names, if one is wanted and the model's keys differ by it. Raises UsageError."""
+    choices = recipe.mcore_variants.get("norm", {})
+    if norm_names and choices and norm_names not in choices:
+        raise UsageError(f"--norm-names {norm_names}: megatron-core stores this model with te names", kind="layout")
+    return {"norm": norm_names} if norm_names and choices else {}
 
 
 def export_variants(
