@@ -23,4 +23,5 @@ RECIPE = Recipe(
     | mamba.MODEL,
     checks=mamba.CHECKS,
     hf_variants=mamba.HF_VARIANTS,
+    mcore_variants={"norm": {"te": ""}},  # megatron-core has no local spec of these layers
 )
