@@ -30,6 +30,7 @@ NOUNS = {
     "up": "ffn size",
     "f": "ffn size",
     "g": "query groups",
+    "mh": "Mamba heads",
 }
 
 
