@@ -148,7 +148,7 @@ def wanted(row: Row, through: str = "") -> Stored:
 
 
 def _local(key: str) -> str:
-    return re.sub(r"(decoder\.layers\.\d+\.)pre_mlp_layernorm\.weight", r"\1mlp.linear_fc1.layer_norm_weight", key)
+    return re.sub(r"(layers\.\d+\.(transformer_layer\.)?)pre_mlp_layernorm\.", r"\1mlp.linear_fc1.layer_norm_", key)
 
 
 def _single(kind: str, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import quantised
+import torch
 import zoo
 from command_line import EXAMPLE, succeed, transcode, tree
+from naive import loaded
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 import transcoder
 
@@ -56,6 +60,21 @@ def test_a_checkpoint_without_manifest_and_config_needs_the_class(tmp_path: Path
     transcoder.check(tmp_path / "two")
     transcoder.mcore2hf(tmp_path / "two", tmp_path / "back", hf_model=EXAMPLE)
     assert tree(tmp_path / "back") == tree(EXAMPLE)
+
+
+def test_the_arguments_of_a_newer_store_become_common_pt_and_objects_are_added(tmp_path: Path) -> None:
+    transcoder.hf2mcore(EXAMPLE, tmp_path / "one", tp=2)
+    transcoder.hf2mcore(EXAMPLE, tmp_path / "wanted", tp=4)
+    old, new = tmp_path / "one" / "iter_0000000", tmp_path / "newer" / "iter_0000000"
+    common = {"common_state/shard_0_1": [torch.load(old / "common.pt", weights_only=False)]}
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save({**loaded(tmp_path / "one"), **common}, checkpoint_id=new, no_dist=True, planner=planner)
+    shutil.copy(old / "metadata.json", new)
+    assert not any("_extra_state" in key for key in dcp.FileSystemReader(new).read_metadata().state_dict_metadata)
+    transcoder.reshard(tmp_path / "newer", tmp_path / "two", tp=4, arch="LlamaForCausalLM")
+    found, wanted = tree(tmp_path / "two"), tree(tmp_path / "wanted")
+    names = {name for name in wanted if name.endswith((".distcp", ".metadata", "common.pt"))}
+    assert len(names) > 5 and {name: found[name] for name in names} == {name: wanted[name] for name in names}
 
 
 def test_an_interrupted_reshard_goes_on(tmp_path: Path) -> None:
