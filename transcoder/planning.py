@@ -66,19 +66,18 @@ def plan_hf2mcore(
     from transcoder.mapped import reading
 
     source = place(src)
-    if is_peft(source):
-        from transcoder.adapterplans import Choices, plan_adapter_import
-
-        if merge_adapter:
-            raise UsageError("adapters are merged into models: give the model as SRC", kind="adapter")
-        choices = Choices(layout, dtype, lora_form, iteration, format)
-        base = place(hf_model) if hf_model else None
-        divisor = make_vocab_size_divisible_by
-        with reading(source):
-            return plan_adapter_import(source, Mesh(tp, pp, ep, etp), base, arch, choices, divisor, follow_links)
-    if hf_model:
-        raise UsageError("--hf-model is for adapters, which need their base model", kind="usage")
     with reading(source), _uncollected():
+        if is_peft(source):
+            from transcoder.adapterplans import Choices, plan_adapter_import
+
+            if merge_adapter:
+                raise UsageError("adapters are merged into models: give the model as SRC", kind="adapter")
+            choices = Choices(layout, dtype, lora_form, iteration, format)
+            base = place(hf_model) if hf_model else None
+            divisor = make_vocab_size_divisible_by
+            return plan_adapter_import(source, Mesh(tp, pp, ep, etp), base, arch, choices, divisor, follow_links)
+        if hf_model:
+            raise UsageError("--hf-model is for adapters, which need their base model", kind="usage")
         return plan_import(
             source,
             Mesh(tp, pp, ep, etp),
