@@ -89,7 +89,8 @@ def test_every_object_is_sent_once_small_ones_as_a_whole(server: Server, local: 
     assert sorted(name for name in sent if ".partial" not in name) == sorted(tree(local["zarr"]))
 
 
-@pytest.mark.parametrize("one", ["zarr", pytest.param("zarr3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("one", FORMS)
 def test_formats_change_between_buckets(server: Server, local: dict[str, Path], tmp_path: Path, one: str) -> None:
     two = {"zarr": "zarr3", "zarr3": "zarr"}[one]
     source = server.put(local[one], f"from-{one}")
