@@ -48,7 +48,7 @@ def _line(command: str, target: str) -> list[str]:
     return [command, f"s3://bucket/{source}", f"s3://bucket/{target}", *grid]
 
 
-def _stopped_after(server: Server, line: list[str], parts: int, how: signal.Signals) -> tuple[int, str]:
+def stopped_after(server: Server, line: list[str], parts: int, how: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
     """Start it, and send it a signal once it has sent some parts. Its status and stderr."""
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command_of(SLOW), *line], **streams)  # type: ignore[call-overload]
@@ -65,11 +65,11 @@ def _stopped_after(server: Server, line: list[str], parts: int, how: signal.Sign
     return process.returncode, said
 
 
-@pytest.mark.parametrize("command", ["hf2mcore", "mcore2hf"])
+@pytest.mark.parametrize("command", ["hf2mcore", pytest.param("mcore2hf", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_and_sends_no_part_again(server: Server, command: str) -> None:
     target = f"killed-{command}"
     server.quiet()
-    assert _stopped_after(server, _line(command, target), 14, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert stopped_after(server, _line(command, target), 14, signal.SIGKILL)[0] == -signal.SIGKILL
     before = server.gate.parts()
     refused = transcode(*_line(command, target), driver=SMALL)
     assert (refused.code, "--resume" in refused.err, "Traceback" in refused.err) == (4, True, False), refused.err
@@ -84,9 +84,10 @@ def test_a_killed_run_goes_on_and_sends_no_part_again(server: Server, command: s
     assert needed <= before + server.gate.parts() <= needed + 4  # what was on its way when it was killed
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_so_and_goes_on(server: Server) -> None:
     server.quiet()
-    code, said = _stopped_after(server, _line("hf2mcore", "stopped"), 10, signal.SIGTERM)
+    code, said = stopped_after(server, _line("hf2mcore", "stopped"), 10, signal.SIGTERM)
     assert (code, "continue with --resume" in said, "Traceback" in said) == (143, True, False), said
     done = transcode(*_line("hf2mcore", "stopped"), "--resume", driver=SMALL)
     assert done.code == 0, done.err
@@ -96,7 +97,7 @@ def test_a_stopped_run_says_so_and_goes_on(server: Server) -> None:
 @pytest.mark.slow
 def test_starting_anew_drops_what_a_killed_run_sent(server: Server) -> None:
     server.quiet()
-    _stopped_after(server, _line("hf2mcore", "dropped"), 10, signal.SIGKILL)
+    stopped_after(server, _line("hf2mcore", "dropped"), 10, signal.SIGKILL)
     assert server.leftovers() != []
     done = transcode(*_line("hf2mcore", "dropped"), "--overwrite", driver=SMALL)
     assert done.code == 0, done.err

@@ -16,6 +16,7 @@ from transcoder.places import place
 from transcoder.planning import plan_hf2mcore, plan_mcore2hf, plan_reshard
 from transcoder.progress import Listener, Tally
 from transcoder.remote.paths import remote
+from transcoder.remote.uploads import PART
 
 if TYPE_CHECKING:
     from transcoder.importing import ImportPlan
@@ -51,7 +52,7 @@ class Kind:
     verify: Callable[[Any, Path], None]
     report: Callable[[Any, PathLike, PathLike, list[str]], dict[str, Any]]
     written: Callable[[Any], tuple[int, int]]  # bytes read and written
-    open: Callable[[Any, int], int]  # files that so many workers write at a time
+    unfinished: Callable[[Any], Callable[[int], int]]  # bytes of parts of objects that so many workers write at a time
     whole: bool  # whether the result replaces an old one at one moment
     stale: Callable[[Path], Iterable[str]]
 
@@ -66,8 +67,6 @@ def convert(kind: Kind, src: PathLike, dst: PathLike, how: How, options: dict[st
     check_kind(how.checksums)
     if options.get("link") and (remote(source) or remote(target)):
         raise UsageError("--link: object stores have no links", kind="link")
-    if remote(target) and (form := options.get("format", "torch_dist")) != "torch_dist":
-        raise UsageError(f"--format {form} is written to directories; torch_dist to object stores, too", kind="format")
     check_destination(target, source, how.overwrite or how.resume)
     plan = kind.planner(source, **options)
     who = kind.identity(plan, _all_options(kind.planner, source, options) | {"checksums": how.checksums})
@@ -102,7 +101,7 @@ def _destination(
         from transcoder.remote import work as remote_work
         from transcoder.reports import size_of
 
-        share = remote_work.share(lambda workers: kind.open(plan, workers), hands, size_of(how.memory))
+        share = remote_work.share(kind.unfinished(plan), hands, size_of(how.memory))
         return remote_work.destination(
             there, src, who, share=share, stale=stale, again=bool(how.verify or how.checksums), **modes
         )
@@ -130,9 +129,14 @@ def worker_count(workers: int, memory: int | str) -> int:
     return max(1, min(workers or min(4, os.cpu_count() or 1), size // SMALLEST_MEMORY))
 
 
-def _open_files(plan: ImportPlan) -> int:
-    """Files of one pipeline stage, each of which has an unfinished part between two tensors."""
-    return -(-sum(size > 0 for size in plan.placement.sizes.values()) // plan.mesh.pp)
+def _unfinished(plan: ImportPlan) -> Callable[[int], int]:
+    """Of ranks' files those of one pipeline stage have an unfinished part between two tensors."""
+    from transcoder.openparts import unfinished
+
+    if plan.placement.form != "torch_dist":
+        return unfinished(plan)
+    files = -(-sum(size > 0 for size in plan.placement.sizes.values()) // plan.mesh.pp)
+    return lambda workers: files * PART
 
 
 def importing() -> Kind:
@@ -158,7 +162,7 @@ def importing() -> Kind:
         verify=verify_import,
         report=report,
         written=lambda plan: (total(plan), sum(plan.placement.sizes.values())),
-        open=lambda plan, workers: _open_files(plan),
+        unfinished=_unfinished,
         whole=False,
         stale=lambda dst: TRACKERS,
     )
@@ -183,7 +187,7 @@ def exporting() -> Kind:
         verify=verify_export,
         report=lambda plan, src, dst, warnings: export_report(plan, dst, warnings),
         written=lambda plan: (plan.source.nbytes, total(plan)),
-        open=lambda plan, workers: 2 * min(workers, len(plan.shards)),
+        unfinished=lambda plan: lambda workers: 2 * min(workers, len(plan.shards)) * PART,
         whole=True,
         stale=stale_weights,
     )
@@ -208,7 +212,7 @@ def resharding() -> Kind:
         verify=verify_reshard,
         report=reshard_report,
         written=lambda plan: (plan.source.nbytes, sum(plan.target.placement.sizes.values())),
-        open=lambda plan, workers: _open_files(plan.target),
+        unfinished=lambda plan: _unfinished(plan.target),
         whole=False,
         stale=lambda dst: TRACKERS,
     )

@@ -34,6 +34,13 @@ def sized(path: Path, size: int) -> File:
     return file
 
 
+def opened(path: Path, size: int) -> File:
+    """The descriptor of a file that `sized` made, to write more of it. Raises OSError."""
+    if there := remote(path):
+        return there.upload(size)
+    return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
 def write_all(file: File, data: memoryview, offset: int) -> None:
     """Write every byte at `offset`, however often the kernel writes fewer."""
     if isinstance(file, Upload):

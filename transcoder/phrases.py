@@ -73,7 +73,8 @@ def next_steps(report: Report) -> Iterator[str]:
     extra = "".join(f" {flag}" for flag in report["megatron_flags"])
     yield "Load it with"
     if report["format"] == "zarr3":
-        yield f'  tensorstore      {{"driver": "zarr3", "kvstore": "file://{inner}/KEY/"}}'
+        url = inner if "://" in inner else f"file://{inner}"
+        yield f'  tensorstore      {{"driver": "zarr3", "kvstore": "{url}/KEY/"}}'
         return
     yield f"  Megatron-LM      pretrain_gpt.py --load {root} --use-checkpoint-args --finetune{dtype}{extra} …"
     if report["format"] == "zarr":

@@ -17,7 +17,7 @@ from zlib import crc32 as crc32_of
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from transcoder.disk import PIECE, close, sized, start_flush, sync_folders, write_all
+from transcoder.disk import PIECE, File, close, opened, sized, start_flush, sync_folders, write_all
 from transcoder.formats import shards, zarr_documents, zarr_witness
 from transcoder.formats.archive import archive
 from transcoder.formats.grids import Grid, cut, regular
@@ -54,7 +54,7 @@ class ZarrPlacement(Placement):
 
     def confirm(self, folder: Path) -> None:
         """Let tensorstore open every array. Raises RuntimeError."""
-        zarr_witness.confirm(self.form, folder, self.grids)
+        zarr_witness.confirm(self.form, folder, self.grids, self.index())
 
 
 @dataclass(frozen=True)
@@ -111,25 +111,15 @@ class ZarrWriter:
     def __init__(self, folder: Path, placement: ZarrPlacement, flush: bool = False) -> None:
         self.folder, self.placement, self.flush = folder, placement, flush
         self.crcs: dict[tuple[str, Box], int] = {}
-        self._sums, self._files = Sums(), Descriptors(folder)
+        self._sums, self._files = Sums(), Descriptors(folder, placement.sizes)
 
     def prepare(self) -> None:
-        """Make room for every file, with what stands behind its payloads. Raises OSError when the disk is full."""
-        for key, names in self._names():
-            tail = memoryview(self.placement.tail(key))
-            for name in names:
-                self._make(name, tail)
+        """Make room for every file. Raises OSError when the disk is full."""
+        for name, size in self.placement.sizes.items():
+            close(sized(self.folder / name, size))
+            self._files.touch(name)
         if self.flush:
             sync_folders(self.folder)
-
-    def _make(self, name: str, tail: memoryview) -> None:
-        size = self.placement.sizes[name]
-        file = sized(self.folder / name, size)
-        try:
-            write_all(file, tail, size - len(tail))
-            self._files.touch(name)
-        finally:
-            close(file)
 
     def _names(self) -> Iterator[tuple[str, list[str]]]:
         """Every array with the names of its files."""
@@ -154,6 +144,14 @@ class ZarrWriter:
         whole = self._sums.add(key, chunk, start, count, crc)
         if whole is not None:
             self.crcs[key, chunk.box] = whole
+            self._end(key, chunk)
+
+    def _end(self, key: str, chunk: Chunk) -> None:
+        """Write what stands behind the payloads of a file, with the last of them."""
+        tail, end = self.placement.tail(key), chunk.offset + chunk.nbytes
+        if tail and end + len(tail) == self.placement.sizes[chunk.file]:
+            write_all(self._files[chunk.file], memoryview(tail), end)
+            self._files.touch(chunk.file)
 
     def sync(self) -> None:
         """Make everything written durable. Raises OSError."""
@@ -186,26 +184,26 @@ class ZarrWriter:
 class Descriptors:
     """Files of a folder, open for writing, a few at a time in each thread: a checkpoint can have 100,000."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._lock, self._local = folder, threading.Lock(), threading.local()
-        self._opened: list[OrderedDict[str, int]] = []
+    def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
+        self._folder, self._sizes, self._lock, self._local = folder, sizes, threading.Lock(), threading.local()
+        self._opened: list[OrderedDict[str, File]] = []
         self._touched: set[str] = set()
 
-    def __getitem__(self, name: str) -> int:
+    def __getitem__(self, name: str) -> File:
         mine = self._mine()
         if name not in mine:
             if len(mine) >= OPEN:
-                os.close(mine.popitem(last=False)[1])
-            mine[name] = os.open(self._folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                close(mine.popitem(last=False)[1])
+            mine[name] = opened(self._folder / name, self._sizes[name])
         mine.move_to_end(name)
         return mine[name]
 
-    def _mine(self) -> OrderedDict[str, int]:
+    def _mine(self) -> OrderedDict[str, File]:
         if not hasattr(self._local, "files"):
-            self._local.files = OrderedDict[str, int]()
+            self._local.files = OrderedDict[str, File]()
             with self._lock:
                 self._opened.append(self._local.files)
-        files: OrderedDict[str, int] = self._local.files
+        files: OrderedDict[str, File] = self._local.files
         return files
 
     def touch(self, name: str) -> None:
@@ -223,4 +221,4 @@ class Descriptors:
         """Close them all; no thread may use one any more."""
         for files in self._opened:
             while files:
-                os.close(files.popitem()[1])
+                close(files.popitem()[1])

@@ -14,7 +14,7 @@ from transcoder.errors import OutputError, Problem
 from transcoder.formats.safetensors import INDEX_NAME, SINGLE_NAME
 from transcoder.iterations import TRACKERS
 from transcoder.remote.store import Entry, Failed, Store
-from transcoder.remote.uploads import Upload
+from transcoder.remote.uploads import Upload, part_size
 
 if TYPE_CHECKING:
     from transcoder.remote.journal import RemoteJournal
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 KEPT = "hf-kept.safetensors"  # read again while the manifest is made
+INDICES = (".metadata", ".zmetadata", ".zarray", "zarr.json")
 FIRST, INDEX, COMMIT, AFTER = range(4)  # when an object appears
 Place = tuple[str, int]  # object and number of a part
 
@@ -37,6 +38,7 @@ class Outbox:
         self.held: dict[str, bytes] = {}  # those that come later
         self._lock, self._mine = Lock(), local()
         self._places: dict[str, set[Place]] = {}
+        self._there: dict[str, Entry] | None = None  # what an earlier run may have put
 
     @property
     def store(self) -> Store:
@@ -46,6 +48,8 @@ class Outbox:
     def begin(self, sizes: dict[str, int]) -> None:
         """Start, or take up, uploads of objects of these sizes, and note their ids where the next run finds them."""
         missing = [key for key in sizes if key not in self._uploads]
+        if self._journal.puts and self._there is None:
+            self._there = self._asked(lambda: self.store.list(f"{self._root.key}/", 1 << 30), self._root.key)
         for upload in self._root.bucket.pool.map(lambda key: self._upload(key, sizes[key]), missing):
             self._uploads[upload.key] = upload
         self._journal.ship()
@@ -67,9 +71,20 @@ class Outbox:
             if key in self._journal.completing:
                 return self._finished(key, size)
             raise self._lost(key)
+        if not self.replacing and self._turn(key) == FIRST and 0 < size <= part_size(size):
+            return self._single(key, size)
         made = self._asked(lambda: self.store.upload(key), key)
         self._journal.append({"upload": key, "id": made})
         return Upload(self, key, size, made, {})
+
+    def _single(self, key: str, size: int) -> Upload:
+        """An object that is put at once when all of it is there; it is done if an earlier run has put it."""
+        there = (self._there or {}).get(key) if key in self._journal.puts else None
+        self._journal.append({"put": key})
+        if there is None or there.size != size:
+            return Upload(self, key, size, "", {})
+        self.whole[key] = there
+        return Upload(self, key, size, "", {0: there.etag})
 
     def _finished(self, key: str, size: int) -> Upload:
         """An object that an earlier run completed. Raises OutputError when it is gone."""
@@ -106,7 +121,7 @@ class Outbox:
             return AFTER if self.replacing else FIRST
         if name == "metadata.json" or (folder == self._root.key and name in (INDEX_NAME, SINGLE_NAME)):
             return COMMIT
-        return INDEX if name in (".metadata", ".zmetadata") else FIRST
+        return INDEX if name in INDICES else FIRST
 
     def take(self, size: int) -> None:
         """Room for an open part. Raises OutputError when --memory has none."""
@@ -145,11 +160,15 @@ class Outbox:
 
     def send(self, upload: Upload, number: int, part: bytearray) -> str:
         """Send a full part. Returns its ETag."""
+        if not upload.id:
+            return self._asked(lambda: self.store.put(upload.key, part), upload.key)
         return self._asked(lambda: self.store.part(upload.key, upload.id, number, part), upload.key)
 
     def sent(self, upload: Upload, number: int, full: bool) -> None:
         """A part was sent, and perhaps all of them."""
-        if full and self._turn(upload.key) == FIRST and (not self.replacing or upload.key.endswith(f"/{KEPT}")):
+        if not upload.id:
+            self._appeared(upload, Entry(upload.size, upload.etags[0]))
+        elif full and self._turn(upload.key) == FIRST and (not self.replacing or upload.key.endswith(f"/{KEPT}")):
             self._complete(upload)
         elif self.store.resumable:
             self._journal.safe([(upload.key, number)])
@@ -168,9 +187,12 @@ class Outbox:
             self._asked(lambda: self.store.abort(upload.key, upload.id), upload.key)
             self._asked(lambda: self.store.put(upload.key, b""), upload.key)
         found = self._asked(lambda: self.store.head(upload.key), upload.key)
-        self.whole[upload.key] = found or Entry(upload.size, "")
-        self._root.bucket.forget()
         self._journal.append({"whole": upload.key})
+        self._appeared(upload, found or Entry(upload.size, ""))
+
+    def _appeared(self, upload: Upload, entry: Entry) -> None:
+        self.whole[upload.key] = entry
+        self._root.bucket.forget()
         self._journal.safe([(upload.key, number) for number in range(upload.count)])
 
     def publish(self, stale: Iterable[str]) -> None:
@@ -181,8 +203,9 @@ class Outbox:
         for upload in (upload for upload in uploads if self._turn(upload.key) == FIRST):
             self._complete(upload)
         for turn in range(AFTER + 1):
-            for key in sorted(key for key in self.held if self._turn(key) == turn):
-                self._put(key, self.held[key])
+            held = sorted(key for key in self.held if self._turn(key) == turn)
+            for _ in self._root.bucket.pool.map(lambda key: self._put(key, self.held[key]), held):
+                pass
             for upload in (upload for upload in uploads if self._turn(upload.key) == turn):
                 self._complete(upload)
         self._root.bucket.remove((self._old() | names) - self.whole.keys())
@@ -203,7 +226,7 @@ class Outbox:
             if upload.id and upload.key not in self.whole:
                 self._asked(lambda upload=upload: self.store.abort(upload.key, upload.id), upload.key)  # type: ignore[misc]
         if not self.replacing:
-            self._root.bucket.remove(self.whole)
+            self._root.bucket.remove({*self.whole, *(key for key, upload in self._uploads.items() if not upload.id)})
 
     def _asked(self, call: Callable[[], T], key: str) -> T:
         return self._root.bucket.asked(call, key)

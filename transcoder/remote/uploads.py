@@ -28,7 +28,7 @@ class Upload:
     """One object. Every byte is written once; those of parts that an earlier run sent are dropped."""
 
     def __init__(self, outbox: Outbox, key: str, size: int, upload: str, etags: dict[int, str]) -> None:
-        self.key, self.size, self.id = key, size, upload
+        self.key, self.size, self.id = key, size, upload  # no id: it is put as a whole
         self.etags = etags  # of the parts that were sent
         self.step = part_size(size)
         self.count = -(-size // self.step)

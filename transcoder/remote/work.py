@@ -43,16 +43,16 @@ WORKER = 16 << 20  # bytes of the buffers of a worker
 SPARE = 4  # parts beyond: of those that are open only the bytes that have come take memory, half of them on average
 
 
-def share(files: Callable[[int], int], workers: int, memory: int) -> tuple[int, int]:
+def share(unfinished: Callable[[int], int], workers: int, memory: int) -> tuple[int, int]:
     """Workers, and bytes for parts that are not full, of `memory`. Raises UsageError when there is too little.
 
-    files: how many objects so many workers write at a time.
+    unfinished: bytes of the parts that so many workers write at a time.
     """
     for count in range(workers, 0, -1):
-        if count * WORKER + files(count) * PART <= memory:
+        if count * WORKER + unfinished(count) <= memory:
             return count, memory - count * WORKER + SPARE * PART
-    least = (WORKER + files(1) * PART >> 20) + 1
-    message = f"{files(1)} objects are written at a time, with a part of 5 MiB each: give --memory {least}MiB or more"
+    least = (WORKER + unfinished(1) >> 20) + 1
+    message = f"{unfinished(1) >> 20} MiB of parts are written at the same time: give --memory {least}MiB or more"
     raise UsageError(message, kind="memory")
 
 
