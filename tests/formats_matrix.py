@@ -25,6 +25,7 @@ Stored = dict[str, tuple[str, tuple[int, ...], bytes]]  # by key: dtype, shape, 
 
 FORMS = ("torch_dist", "zarr", "zarr3")
 DOCUMENTS = {"zarr": ".zarray", "zarr3": "zarr.json"}
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 LAYOUTS = ("", "stacked", "per-layer", "singleton")
 NORMS = ("te", "local")
 TYPES = ("bfloat16", "float32", "float16")
@@ -81,6 +82,13 @@ def routed(kind: str) -> bool:
 
 
 @cache
+def experts(kind: str) -> int:
+    """How many experts a layer of a model has; 0 without any."""
+    config = read_config(made(kind))
+    return next((config[name] for name in EXPERTS if config.get(name)), 0)
+
+
+@cache
 def te_only(kind: str) -> bool:
     """Whether megatron-core builds the model from Transformer Engine's layers alone: no local spec fits it."""
     return re.match(r"deepseek|kimi|qwen3-next|nemotron", kind) is not None
@@ -90,8 +98,14 @@ def can_be(row: Row) -> bool:
     """Whether there are such files; only the model forbids a value, never another value of the row."""
     tp, pp, ep, etp = row.grid
     layers = len({key.split("decoder.layers.")[1].split(".")[0] for key in expected(row.kind) if _of_decoder(key)})
-    fits = pp <= layers and not any(n % tp for n in cut_by_tp(row.kind)) and (routed(row.kind) or ep * etp == 1)
+    fits = pp <= layers and not any(n % tp for n in cut_by_tp(row.kind)) and not experts(row.kind) % ep
+    fits = fits and (routed(row.kind) or ep * etp == 1)
     return fits and (row.layout != "stacked" or alike(row.kind)) and not (row.norms == "local" and te_only(row.kind))
+
+
+def told(row: Row) -> bool:
+    """Whether the oracle knows the bytes: it shifts the norms of Qwen3-Next as bfloat16 alone."""
+    return row.dtype == "bfloat16" or not row.kind.startswith("qwen3-next")
 
 
 @cache

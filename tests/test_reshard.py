@@ -135,3 +135,13 @@ def test_bytes_that_would_change_are_not_linked(tmp_path: Path, option: dict[str
     refused = transcode("reshard", tmp_path / "one", tmp_path / "two", "--link", *words)
     assert (refused.code, "--link" in refused.err) == (2, True), refused.err
     assert not (tmp_path / "two").exists()
+
+
+def test_norms_that_are_stored_less_one_are_shifted_anew_in_a_wider_type(tmp_path: Path) -> None:
+    source = zoo.save("qwen3-next", tmp_path / "source", shards=2)
+    transcoder.hf2mcore(source, tmp_path / "narrow", tp=1, sync=False)
+    transcoder.hf2mcore(source, tmp_path / "wide", tp=1, dtype="float32", sync=False)
+    transcoder.reshard(tmp_path / "narrow", tmp_path / "made", dtype="float32", sync=False)
+    assert tree(tmp_path / "made") == tree(tmp_path / "wide")
+    transcoder.mcore2hf(tmp_path / "made", tmp_path / "back", dtype="bfloat16", sync=False)
+    assert tree(tmp_path / "back") == tree(source)

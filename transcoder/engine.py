@@ -201,6 +201,18 @@ def converted(band: Array, source: DType, target: DType) -> Array:
         raise refuse("dtype", f"there is no cast from {source.name} to {target.name}") from error
 
 
+def carried(tensor: HfTensor, band: Array, values: Array, source: DType, target: DType) -> Array:
+    """What Megatron stores in the target dtype for the values of a tensor for which it stores `band` in the source's.
+
+    A norm less one is rounded apart from its one in the source's dtype: it is shifted anew where that gives `band`.
+    """
+    wide = converted(band, source, target)
+    if not tensor.family.rule.plus or source == target:
+        return wide
+    shifted = sent(tensor, converted(values, source, target), target)
+    return np.where(sent(tensor, values, source) == band, shifted, wide)
+
+
 class TreeDigest:
     """xxh3-128 of its leaves' xxh3-128 digests; a leaf is a band of the tensor in the checkpoint's dtype.
 

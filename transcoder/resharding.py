@@ -233,7 +233,7 @@ class ReshardMover:
 
     def step(self, number: int) -> None:
         """Move a range that no earlier run has moved."""
-        from transcoder.engine import converted, gather, received, scatter
+        from transcoder.engine import carried, converted, gather, received, scatter
         from transcoder.kernels.casts import finite
 
         (start, stop), tensor, stored, track = self.ranges[number], self._tensor, self._stored, self._track
@@ -244,7 +244,9 @@ class ReshardMover:
             track.count("odd", not finite(band, stored.name))
             if not tensor.family.rule.alias:
                 noted = track.noting(self._sink)
-                scatter(self._plan.target.atlas, tensor, start, converted(band, stored, self._dtype), noted)
+                scatter(
+                    self._plan.target.atlas, tensor, start, carried(tensor, band, values, stored, self._dtype), noted
+                )
             track.reach(stop)
         self._tally.moved((stop - start) * self._dtype.size)
 
