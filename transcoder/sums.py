@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from threading import Lock
 
-from isal.isal_zlib import crc32_combine
+from isal.isal_zlib import crc32, crc32_combine
 
+from transcoder.disk import PIECE, File, write_all
 from transcoder.spec import Box, Chunk
 
 
@@ -30,6 +31,16 @@ class Sums:
     def open(self) -> list[tuple[str, Box]]:
         """Chunks of which a part has passed."""
         return list(self._parts)
+
+
+def write_summed(file: File, data: memoryview, offset: int) -> int:
+    """Write bytes at `offset`. Returns their CRC-32, taken piece by piece while the cache still has them."""
+    crc = 0
+    for begin in range(0, len(data), PIECE):
+        piece = data[begin : begin + PIECE]
+        write_all(file, piece, offset + begin)
+        crc = crc32(piece, crc)
+    return crc
 
 
 def combined(parts: list[tuple[int, int, int]]) -> int:

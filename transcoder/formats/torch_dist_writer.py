@@ -14,14 +14,14 @@ from pathlib import Path
 
 from isal.isal_zlib import crc32, crc32_combine
 
-from transcoder.disk import PIECE, File, close, make_durable, sized, start_flush, sync_folder, write_all
+from transcoder.disk import File, close, make_durable, sized, start_flush, sync_folder, write_all
 from transcoder.formats.archive import TensorItem, archive, tensor_item
 from transcoder.formats.forms import HOLE, Filled, Form, Sizes
 from transcoder.formats.mcore import metadata_json
 from transcoder.formats.pickled import Global, Made, Record, dumped, dumps
 from transcoder.formats.placement import SETS, Placement, Wanted, balance
 from transcoder.spec import DTYPES, Box, Chunk, DType, TensorSpec, box_shape
-from transcoder.sums import Sums
+from transcoder.sums import Sums, write_summed
 
 DCP = "torch.distributed.checkpoint"
 
@@ -118,11 +118,7 @@ class TorchDistWriter:
 
     def write(self, key: str, chunk: Chunk, start: int, data: memoryview) -> int:
         """Store payload bytes [start, start + len(data)) of a chunk, each byte exactly once. Returns their CRC-32."""
-        file, crc = self._files[chunk.file], 0
-        for begin in range(0, len(data), PIECE):
-            piece = data[begin : begin + PIECE]
-            write_all(file, piece, chunk.offset + start + begin)
-            crc = crc32(piece, crc)
+        crc = write_summed(self._files[chunk.file], data, chunk.offset + start)
         self.passed(key, chunk, start, len(data), crc)
         return crc
 

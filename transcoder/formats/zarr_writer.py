@@ -15,9 +15,9 @@ from math import prod
 from pathlib import Path
 from zlib import crc32 as crc32_of
 
-from isal.isal_zlib import crc32, crc32_combine
+from isal.isal_zlib import crc32_combine
 
-from transcoder.disk import PIECE, File, close, opened, sized, start_flush, sync_folders, write_all
+from transcoder.disk import File, close, opened, sized, start_flush, sync_folders, write_all
 from transcoder.formats import shards, zarr_documents, zarr_witness
 from transcoder.formats.archive import archive
 from transcoder.formats.grids import Grid, cut, regular
@@ -25,7 +25,7 @@ from transcoder.formats.mcore import metadata_json
 from transcoder.formats.pickled import dumps
 from transcoder.formats.placement import SETS, Placement, Wanted, balance
 from transcoder.spec import Box, Chunk, TensorSpec
-from transcoder.sums import Sums
+from transcoder.sums import Sums, write_summed
 
 CAPS = {"zarr": 64 << 20, "zarr3": 16 << 20}  # bytes of what is read at once
 OPEN = 32  # descriptors of one thread
@@ -128,11 +128,8 @@ class ZarrWriter:
 
     def write(self, key: str, chunk: Chunk, start: int, data: memoryview) -> int:
         """Store payload bytes [start, start + len(data)) of a chunk, each byte exactly once. Returns their CRC-32."""
-        file, crc = self._files[chunk.file], 0
-        for begin in range(0, len(data), PIECE):
-            piece = data[begin : begin + PIECE]
-            write_all(file, piece, chunk.offset + start + begin)
-            crc = crc32(piece, crc)
+        file = self._files[chunk.file]
+        crc = write_summed(file, data, chunk.offset + start)
         self._files.touch(chunk.file)
         self.passed(key, chunk, start, len(data), crc)
         if self.flush:
